@@ -1,0 +1,1 @@
+"""Run configuration: schema, loading with did-you-mean, and comparison."""

@@ -1,0 +1,321 @@
+"""What a run is: frozen pydantic models, one per TOML section; unknown keys are errors.
+
+`RunConfig` is the whole contract of a run: it is resolved once (`hope_pt.config.load`), stored in every checkpoint, and compared on
+resume. `ModelConfig` alone defines the network; `hope_pt.nn` reads nothing else. SPEC section numbers are given where a field is a
+choice the paper leaves open.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, strict about unknown keys and about types (no "3" for 3)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class TitansConfig(Section):
+    """The memory mixer (SPEC 2). The defaults are HOPE's self-modifying Titans; the baselines are other settings of the same scan."""
+
+    memory: Literal["mlp", "linear"] = "mlp"
+    """Form of every memory: residual two-layer MLP (NL eq. 89) or one matrix."""
+    memory_hidden: NonNegativeInt = 0
+    """Hidden width F of an MLP memory; 0 means the head width K."""
+    chunk_mem: PositiveInt = 64
+    """Chunk length of M_mem in tokens (SPEC 2); a model only works with the chunk lengths it was trained with."""
+    chunk_proj: PositiveInt = 256
+    """Chunk length of the generating memories in tokens; a multiple of chunk_mem."""
+    static_k: bool = False
+    """Take k from the static projection instead of M_k (ablation row)."""
+    static_v: bool = False
+    """Take v from the static projection instead of M_v (ablation row)."""
+    static_eta: bool = False
+    """Take the learning rate from the static projection instead of M_eta."""
+    static_alpha: bool = False
+    """Take the retention from the static projection instead of M_alpha."""
+    adaptive_q: bool = False
+    """Generate q by a memory M_q too (off in the paper's text)."""
+    self_target: bool = True
+    """Each memory generates its own target M_s(v) (NL eq. 84); false: the target is v, as in Titans."""
+    objective: Literal["huber", "l2", "dot"] = "huber"
+    """Inner objective: bounded error (SPEC 2 "Bounded surprise"), the literal half-squared loss, or the dot product (linear attention)."""
+    huber_delta: PositiveFloat = 1.0
+    """Norm at which the pseudo-Huber error saturates."""
+    update: Literal["dgd", "gd"] = "dgd"
+    """Delta gradient descent (NL eq. 88) or plain gradient descent."""
+    dgd_scope: Literal["first", "layerwise"] = "first"
+    """DGD on the first layer only, or on both layers with the l2-normalised hidden activation as the second layer's input."""
+    momentum: Literal["none", "titans"] = "none"
+    """Momentum of the memory's gradient (Titans eq. 13-14)."""
+    retention: bool = True
+    """Forgetting through alpha; false: alpha = 1 (the "no weight decay" ablation row)."""
+    read: Literal["causal", "anchor"] = "causal"
+    """M_mem is read with the state after the token, or with the chunk-start state (NL eq. 90 to the letter)."""
+    normalize_v: bool = False
+    """l2-normalise v and the generated targets."""
+    memory_off: bool = False
+    """Control: eta = 0 and alpha = 1, so nothing is ever written; the same parameters as a static network."""
+    eta_max: PositiveFloat = 1.0
+    """Upper bound of the inner learning rate."""
+    eta_init: Fraction = 0.05
+    """Inner learning rate at the start of training."""
+    forget_init: Fraction = 1e-3
+    """1 - alpha at the start of training."""
+    momentum_init: Fraction = 0.5
+    """mu at the start of training."""
+    conv_width: PositiveInt = 4
+    """Width of the causal depthwise convolution on q, k, v (NL 8.3)."""
+    save_every: PositiveInt = 256
+    """Tokens between memory states kept for the backward pass; states between them are recomputed."""
+    backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
+    """Implementation of the scans; "auto" picks once and logs its choice."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.chunk_proj % self.chunk_mem:
+            raise ValueError(f"chunk_proj = {self.chunk_proj} is not a multiple of chunk_mem = {self.chunk_mem}")
+        if self.memory == "linear" and self.dgd_scope == "layerwise":
+            raise ValueError('dgd_scope = "layerwise" has no second layer with memory = "linear"; use dgd_scope = "first"')
+        if self.objective == "dot" and self.self_target:
+            raise ValueError('objective = "dot" has no error to bound a self-generated target; set self_target = false')
+        return self
+
+
+class AttentionConfig(Section):
+    """The attention mixer of HOPE-Attention and Transformer++."""
+
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary position embedding."""
+
+
+class CMSConfig(Section):
+    """The continuum memory system (SPEC 3): a chain of SwiGLU levels, highest update frequency first."""
+
+    hidden: PositiveInt = 576
+    """Hidden width of every level."""
+    periods: tuple[PositiveInt, ...] = (1, 4, 16)
+    """Stream clock: level l takes one optimizer step every periods[l] steps, with the gradients of those steps summed."""
+
+
+class ModelConfig(Section):
+    """The network (SPEC 1). Every block is x + mixer(norm(x)), then the CMS chain; the final norm and the tied head close it."""
+
+    vocab_size: PositiveInt
+    """Number of token ids; must cover the tokenizer's."""
+    num_layers: PositiveInt
+    """Number of blocks."""
+    width: PositiveInt
+    """Model width D."""
+    num_heads: PositiveInt
+    """Heads H; the head width is K = width / num_heads."""
+    mixer: Literal["titans", "attention"] = "titans"
+    """Sequence mixer of every block."""
+    titans: TitansConfig = TitansConfig()
+    """Settings of the memory mixer."""
+    attention: AttentionConfig = AttentionConfig()
+    """Settings of the attention mixer."""
+    cms: CMSConfig = CMSConfig()
+    """Settings of the feed-forward chain; a transformer's MLP is the case of one level with period 1."""
+    tie_embeddings: bool = True
+    """Share the embedding matrix with the output head."""
+    norm_eps: PositiveFloat = 1e-6
+    """Epsilon of every RMSNorm."""
+
+    @property
+    def head_width(self) -> int:
+        """K, the width of one head."""
+        return self.width // self.num_heads
+
+    @property
+    def memory_hidden(self) -> int:
+        """F, the hidden width of an MLP memory."""
+        return self.titans.memory_hidden or self.head_width
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}")
+        if self.mixer == "attention" and self.head_width % 2:
+            raise ValueError(f"rotary embedding needs an even head width, got width / num_heads = {self.head_width}")
+        return self
+
+
+class MQARConfig(Section):
+    """Synthetic multi-query associative recall (Zoology): key-value pairs, then the keys again in random order."""
+
+    num_pairs: PositiveInt = 8
+    """Key-value pairs in a sequence."""
+    num_queries: NonNegativeInt = 0
+    """Queries in a sequence; 0 asks every pair once."""
+    train_samples: PositiveInt = 100_000
+    """Distinct training sequences."""
+    heldout_samples: PositiveInt = 512
+    """Held-out sequences."""
+
+
+class DataConfig(Section):
+    """Where samples come from. Their order is a pure function of (fingerprint, seed, epoch, sample index)."""
+
+    source: Literal["shards", "mqar"] = "shards"
+    """Tokenised shards on disk or in an object store, or a generated task."""
+    path: str = ""
+    """Directory that `hope-data tokenize` wrote (manifest.json, train/, heldout/)."""
+    backend: Literal["mds", "streaming"] = "mds"
+    """Reader of the shards: memory-mapped local files, or mosaicml-streaming with a cache in `path`."""
+    remote: str = ""
+    """Object-store address of the same directory (streaming backend only), for example s3://bucket/corpus."""
+    seq_len: PositiveInt = 1024
+    """Tokens in a training sequence; must equal the manifest's."""
+    seed: NonNegativeInt = 0
+    """Seed of the sample order."""
+    shuffle_block: PositiveInt = 8192
+    """Samples that are shuffled together; blocks are shuffled too."""
+    num_workers: NonNegativeInt = 0
+    """Reader processes; the batches are the same for any number."""
+    document_reset: bool = True
+    """Return the memory to its learned start at every document start."""
+    mqar: MQARConfig = MQARConfig()
+    """The generated task, where source = "mqar"."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.source == "shards" and not self.path:
+            raise ValueError('path is empty; name the directory that `hope-data tokenize` wrote')
+        if self.remote and self.backend != "streaming":
+            raise ValueError('remote is set but backend = "mds" reads local files only; set backend = "streaming"')
+        return self
+
+
+class OptimConfig(Section):
+    """The outer optimizer and its schedule (SPEC 4)."""
+
+    name: Literal["adamw"] = "adamw"
+    """Optimizer of all parameter groups."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    min_lr_ratio: Fraction = 0.1
+    """Final learning rate as a share of the peak."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Shape after warm-up: cosine decay, or stable then linear decay over the last decay_steps."""
+    warmup_steps: NonNegativeInt = 100
+    """Linear warm-up."""
+    decay_steps: NonNegativeInt = 0
+    """Length of the final decay of "wsd"; 0 means a tenth of the run."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW moment decay rates."""
+    eps: PositiveFloat = 1e-8
+    """AdamW epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay of the matrices; norms, biases and gates have none."""
+    clip: PositiveFloat = 1.0
+    """Global gradient norm is clipped to this."""
+
+
+class EngineConfig(Section):
+    """How megatron-core runs the model. The data-parallel degree is world size / (tensor * pipeline * context)."""
+
+    tensor_parallel: PositiveInt = 1
+    """Tensor-parallel degree (by memory heads)."""
+    pipeline_parallel: PositiveInt = 1
+    """Pipeline-parallel degree (by depth)."""
+    context_parallel: PositiveInt = 1
+    """Context-parallel degree (by sequence)."""
+    micro_batch_size: PositiveInt = 8
+    """Sequences in one forward pass of one data-parallel rank."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 keeps fp32 master weights and fp32 memory states."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" takes the GPU where there is one."""
+    threads: NonNegativeInt = 0
+    """CPU threads of one rank; 0 leaves torch's default."""
+    timeout_s: PositiveInt = 600
+    """Collectives that wait longer than this fail."""
+
+
+class TrainConfig(Section):
+    """Length of the run."""
+
+    steps: PositiveInt
+    """Optimizer steps."""
+    global_batch_size: PositiveInt = 32
+    """Sequences in one optimizer step, over all ranks."""
+    seed: NonNegativeInt = 0
+    """Seed of the initial parameters."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every: NonNegativeInt = 500
+    """Steps between checkpoints; 0 writes the last step only."""
+    keep: PositiveInt = 3
+    """Newest checkpoints kept; an older one goes only after a newer one has been verified."""
+    keep_every: NonNegativeInt = 0
+    """Steps whose checkpoints are never removed (multiples of this); 0 means none."""
+
+
+class EvalConfig(Section):
+    """What is measured while training."""
+
+    every: NonNegativeInt = 200
+    """Steps between evaluations; 0 evaluates at the end only."""
+    at_start: bool = True
+    """Evaluate before the first step too."""
+    sequences: PositiveInt = 64
+    """Held-out sequences of one evaluation."""
+    passkey: bool = True
+    """Run the passkey probe at every evaluation (text data only)."""
+    diagnostics_every: NonNegativeInt = 50
+    """Steps between memory diagnostics lines; 0 switches them off."""
+
+
+class TrackConfig(Section):
+    """Optional copies of metrics.jsonl."""
+
+    wandb: bool = False
+    """Send metrics to Weights & Biases."""
+    wandb_project: str = "hope-pt"
+    """Project name there."""
+    wandb_mode: Literal["offline", "online"] = "offline"
+    """Offline writes to the run directory and needs neither network nor key."""
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Identity of the run; started again with the same name it continues."""
+    out: str = "runs"
+    """Directory in which the run directory `name` lies."""
+    model: ModelConfig
+    """The network."""
+    data: DataConfig = Field(default_factory=lambda: DataConfig())
+    """The samples."""
+    optim: OptimConfig = OptimConfig()
+    """The optimizer."""
+    engine: EngineConfig = EngineConfig()
+    """The parallel layout."""
+    train: TrainConfig
+    """The length."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """The checkpoints."""
+    eval: EvalConfig = EvalConfig()
+    """The evaluations."""
+    track: TrackConfig = TrackConfig()
+    """The trackers."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.train.global_batch_size % self.engine.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of "
+                f"engine.micro_batch_size = {self.engine.micro_batch_size}"
+            )
+        return self

@@ -1,0 +1,110 @@
+# One command per purpose; `make help` lists them. Every target sets up what it needs in .venv, once, and again when the pins change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= hope_tiny
+TRAIN_ARGS ?=
+PYTEST_ARGS ?=
+PROMPT ?= The
+MCORE019 := .megatron-0.19
+
+# A machine whose own Python already drives a GPU keeps its torch; everywhere else the pinned torch goes in first, because later
+# packages would pull another one. TORCH_ARGS passes pip options, for example an index of CPU-only wheels.
+TORCH_ARGS ?=
+SYSTEM_TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && $(PYTHON) -c 'import torch; print("yes" if torch.cuda.is_available() else "")' 2>/dev/null)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(VENV)/constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+$(VENV)/constraints.txt: constraints.txt
+	$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV)
+	@$(if $(SYSTEM_TORCH),echo "using the torch of $(PYTHON), which sees a GPU",echo "installing the pinned torch")
+	$(if $(SYSTEM_TORCH),grep -vE '^(torch|triton|numpy)==' constraints.txt > $@,cp constraints.txt $@)
+	$(if $(SYSTEM_TORCH),,$(PIP) $(TORCH_ARGS) torch)
+
+$(VENV)/.stamp-base: $(VENV)/constraints.txt pyproject.toml
+	$(PIP) -e .
+	@touch $@
+
+# fla-core (an independent oracle of the linear special cases) and mosaicml-streaming pin other versions than they need: --no-deps.
+$(VENV)/.stamp-full: $(VENV)/.stamp-base requirements/streaming-cpu.txt
+	$(PIP) -e '.[dev,test]'
+	$(PIP) --no-deps fla-core einops
+	$(PIP) --no-deps -r requirements/streaming-cpu.txt
+	@touch $@
+
+$(MCORE019)/.stamp: $(VENV)/.stamp-full
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --upgrade --target $(MCORE019) megatron-core==0.19.2
+	@touch $@
+
+data/tiny/manifest.json: | $(VENV)/.stamp-base
+	$(BIN)/hope-data tiny --out data/tiny
+
+.PHONY: env
+env: $(VENV)/.stamp-full ## the environment with everything that lint, types and tests need
+
+.PHONY: data
+data: data/tiny/manifest.json ## the tiny corpus: tokenizer and shards from the embedded public-domain text
+
+.PHONY: train
+train: $(VENV)/.stamp-base data ## pretrain configs/hope_tiny.toml on real text, report it, sample from it (no GPU needed)
+	$(BIN)/hope train configs/hope_tiny.toml name=$(RUN) $(TRAIN_ARGS)
+	$(BIN)/hope report runs/$(RUN)
+	$(BIN)/hope generate runs/$(RUN) --prompt "$(PROMPT)" --tokens 120
+
+.PHONY: controls
+controls: $(VENV)/.stamp-base data ## the transformer twin, memory off and static projections, on the same tokens at the same size; one report
+	$(BIN)/hope train configs/transformer_tiny.toml $(TRAIN_ARGS)
+	$(BIN)/hope train configs/hope_tiny_memory_off.toml $(TRAIN_ARGS)
+	$(BIN)/hope train configs/hope_tiny_static.toml $(TRAIN_ARGS)
+	$(BIN)/hope report runs/hope_tiny runs/transformer_tiny runs/hope_tiny_memory_off runs/hope_tiny_static
+
+.PHONY: mqar
+mqar: $(VENV)/.stamp-base ## associative recall: HOPE, its memory-off control at chance, and a transformer
+	$(BIN)/hope train configs/mqar_hope.toml $(TRAIN_ARGS)
+	$(BIN)/hope train configs/mqar_memory_off.toml $(TRAIN_ARGS)
+	$(BIN)/hope train configs/mqar_transformer.toml $(TRAIN_ARGS)
+
+.PHONY: test
+test: $(VENV)/.stamp-full ## the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-mcore019
+test-mcore019: $(MCORE019)/.stamp ## the engine's tests against megatron-core 0.19.2
+	PYTHONPATH=$(CURDIR)/$(MCORE019) $(BIN)/python -m pytest -k "engine or distributed" $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.stamp-full ## ruff, import directions, file and function sizes
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/python tools/size_gate.py
+
+.PHONY: types
+types: $(VENV)/.stamp-full ## mypy
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: $(VENV)/.stamp-base ## CPU speed and memory of a HOPE block beside a transformer block of equal size
+	$(BIN)/python tools/bench/cpu.py
+
+.PHONY: stability
+stability: $(VENV)/.stamp-base data ## both chunk presets, three seeds, peak learning rate, long sequence; and the literal objective beside them
+	$(BIN)/python tools/stability.py
+
+.PHONY: kill-trials
+kill-trials: $(VENV)/.stamp-base data ## kill -9 the trainer at random moments; the resumed losses must be bit-identical
+	$(BIN)/python tools/kill_trials.py
+
+.PHONY: golden
+golden: $(VENV)/.stamp-base ## rewrite tests/golden/configs after a deliberate change of a configuration
+	$(BIN)/python tools/golden_configs.py
+
+.PHONY: clean
+clean: ## remove caches and the environment; runs/ and data/ stay
+	rm -rf $(VENV) $(MCORE019) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done

@@ -1,0 +1,179 @@
+"""From the parallel degrees of a configuration to a validated plan and its process groups.
+
+`start` is the one place where torch.distributed and megatron's `parallel_state` are initialised, `stop` where they are destroyed. What
+the rest of the engine needs is in the frozen `Plan`: ranks, device, dtype and an explicit `ProcessGroups`; nothing reads
+`parallel_state` later. The order of ranks is megatron's (tensor, context, data, pipeline; tensor fastest).
+"""
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from hope_pt.config.schema import RunConfig
+from hope_pt.engine import cpu
+from hope_pt.engine.compat import Capabilities, accepted, capabilities
+from hope_pt.engine.launch import Launch
+from hope_pt.errors import ConfigError, ParallelError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_UNSUPPORTED_AXES = {
+    "tensor_parallel": "tensor parallelism",
+    "pipeline_parallel": "pipeline parallelism",
+    "context_parallel": "context parallelism",
+}
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """The groups of this rank, by mesh axis, and the same groups as the object that megatron-core's constructors take."""
+
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    context: dist.ProcessGroup
+    data: dist.ProcessGroup
+    data_context: dist.ProcessGroup
+    model: dist.ProcessGroup
+    megatron: ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The validated layout of a run, seen from one rank."""
+
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    context_parallel: int
+    num_microbatches: int
+    device: torch.device
+    dtype: torch.dtype
+    groups: ProcessGroups
+    capabilities: Capabilities
+
+
+def start(config: RunConfig, *, launch: Launch = Launch()) -> Plan:
+    """Join the job: process groups, device, threads. Call `stop` at the end.
+
+    ConfigError if the configuration does not fit the machine, ParallelError if the layout is impossible or this process has already
+    started an engine.
+    """
+    dp_size = check_layout(config, world_size=launch.world_size)
+    device = _device(config, local_rank=launch.local_rank)
+    if dist.is_initialized():
+        raise ParallelError(f"rank {launch.rank}: torch.distributed is already initialised in this process; call engine.stop first")
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    if device.type == "cpu":
+        cpu.redirect()
+    _join(config, device, launch)
+    _initialize_model_parallel(config)
+    groups = _groups()
+    return Plan(
+        rank=launch.rank,
+        world_size=launch.world_size,
+        dp_rank=groups.data.rank(),
+        dp_size=dp_size,
+        tensor_parallel=config.engine.tensor_parallel,
+        pipeline_parallel=config.engine.pipeline_parallel,
+        context_parallel=config.engine.context_parallel,
+        num_microbatches=config.train.global_batch_size // (dp_size * config.engine.micro_batch_size),
+        device=device,
+        dtype=_DTYPES[config.engine.precision],
+        groups=groups,
+        capabilities=capabilities(),
+    )
+
+
+def stop(plan: Plan) -> None:
+    """Leave the job: destroy megatron's groups and torch.distributed. Nothing of `plan` may be used afterwards."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def check_layout(config: RunConfig, *, world_size: int) -> int:
+    """Data-parallel degree of `world_size` processes; ParallelError or ConfigError with the key that does not fit. Starts nothing."""
+    for key, words in _UNSUPPORTED_AXES.items():
+        degree = getattr(config.engine, key)
+        if degree != 1:
+            raise ParallelError(f"engine.{key} = {degree}: {words} is not supported by this version; set engine.{key} = 1")
+    model_size = config.engine.tensor_parallel * config.engine.pipeline_parallel * config.engine.context_parallel
+    if world_size % model_size:
+        raise ParallelError(
+            f"{world_size} processes cannot be divided into groups of {model_size} = engine.tensor_parallel * "
+            "engine.pipeline_parallel * engine.context_parallel; start a multiple of that"
+        )
+    dp_size = world_size // model_size
+    rows = dp_size * config.engine.micro_batch_size
+    if config.train.global_batch_size % rows:
+        raise ConfigError(
+            f"train.global_batch_size = {config.train.global_batch_size} is not a multiple of {rows} = {dp_size} data-parallel ranks * "
+            f"engine.micro_batch_size = {config.engine.micro_batch_size}; change one of the three"
+        )
+    return dp_size
+
+
+def _device(config: RunConfig, *, local_rank: int) -> torch.device:
+    wanted, available = config.engine.device, torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise ConfigError('engine.device = "cuda" but torch sees no GPU; set engine.device = "cpu" or install a CUDA build of torch')
+    if local_rank >= torch.cuda.device_count():
+        raise ParallelError(f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start one process per GPU")
+    if cpu.is_redirected():
+        raise ParallelError("this process has already run an engine on the CPU, which lasts; start a new process for the GPU")
+    return torch.device("cuda", local_rank)
+
+
+def _join(config: RunConfig, device: torch.device, launch: Launch) -> None:
+    options = {"rank": launch.rank, "world_size": launch.world_size, "timeout": datetime.timedelta(seconds=config.engine.timeout_s)}
+    if launch.world_size == 1:
+        # One process needs no port.
+        options["store"] = dist.HashStore()
+    elif "://" in launch.master_addr:
+        options["init_method"] = launch.master_addr
+    else:
+        options["init_method"] = f"tcp://{launch.master_addr}:{launch.master_port}"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        options["device_id"] = device
+    try:
+        dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo", **options)
+    except dist.DistError as error:
+        raise ParallelError(
+            f"rank {launch.rank} of {launch.world_size} could not join at {launch.master_addr}:{launch.master_port}: {error}"
+        ) from error
+
+
+def _initialize_model_parallel(config: RunConfig) -> None:
+    options = accepted(
+        parallel_state.initialize_model_parallel,
+        distributed_timeout_minutes=max(1, config.engine.timeout_s // 60),
+        create_gloo_process_groups=False,
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.engine.tensor_parallel,
+        pipeline_model_parallel_size=config.engine.pipeline_parallel,
+        context_parallel_size=config.engine.context_parallel,
+        **options,
+    )
+
+
+def _groups() -> ProcessGroups:
+    megatron = ProcessGroupCollection.use_mpu_process_groups()
+    return ProcessGroups(
+        tensor=megatron.tp,
+        pipeline=megatron.pp,
+        context=megatron.cp,
+        data=megatron.dp,
+        data_context=megatron.dp_cp,
+        model=megatron.mp,
+        megatron=megatron,
+    )

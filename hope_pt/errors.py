@@ -30,3 +30,7 @@ class ParallelError(HopeError):
 
 class EvalError(HopeError):
     """An evaluation cannot run as asked."""
+
+
+class DivergenceError(HopeError):
+    """Training met a value that is not finite; the same command would meet it again, so the exit code is `EXIT_DO_NOT_RESTART`."""

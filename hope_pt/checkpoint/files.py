@@ -1,0 +1,62 @@
+"""Durable file operations: what is written here is on the disk, whole, or not visible under its name.
+
+The order is always: write under a temporary name, fsync the file, rename, fsync the directory. Names that begin with `TEMPORARY`
+belong to a writer; whoever holds the run's lock may remove them, because their writer is dead.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+TEMPORARY = ".tmp-"
+
+
+def fsync(path: Path) -> None:
+    """Forces a file's content, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, *, text: str) -> None:
+    """Writes and fsyncs `text` in place; for files inside a directory that is not committed yet."""
+    path.write_text(text, encoding="utf-8")
+    fsync(path)
+
+
+def replace_text(path: Path, *, text: str) -> None:
+    """Writes `path` so that a reader sees the old or the new content, never a mixture; raises OSError with the old one in place."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        write_text(temporary, text=text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def rename(source: Path, *, target: Path) -> None:
+    """Renames within one directory and makes the new name durable; `target` must not exist or be an empty directory."""
+    os.rename(source, target)
+    fsync(target.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a directory so that it is never seen half removed under its own name."""
+    doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_temporaries(root: Path) -> None:
+    """Removes what dead writers left in `root`; the caller holds the lock that makes it the only writer."""
+    for path in sorted(root.glob(f"{TEMPORARY}*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

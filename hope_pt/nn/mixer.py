@@ -1,0 +1,38 @@
+"""A sequence mixer: one input projection, a head-local core, one output projection.
+
+A core is an `nn.Module` built as Core(config, num_heads=...) with `features_per_head`, `forward(projected_BTP, *, state, layout) -> (y, state)`
+and `init_state(batch, *, dtype, device)`. All its parameters are head-first. Adding a mixer is one file and one line in `CORES`.
+"""
+
+import torch
+from torch import nn
+
+from hope_pt.config.schema import ModelConfig
+from hope_pt.nn.attention import AttentionCore
+from hope_pt.nn.layout import Layout
+from hope_pt.nn.parts import Parts
+from hope_pt.nn.state import LayerState
+from hope_pt.nn.titans import TitansCore
+
+CORES = {"titans": TitansCore, "attention": AttentionCore}
+
+
+class Mixer(nn.Module):
+    """x [B, T, D] -> [B, T, D] ([T, B, D] where parts.time_first). The input projection's rows are interleaved per head."""
+
+    def __init__(self, config: ModelConfig, *, parts: Parts):
+        super().__init__()
+        self.core = CORES[config.mixer](config, num_heads=parts.num_heads)
+        self.time_first = parts.time_first
+        self.in_proj = parts.column(config.width, config.num_heads * self.core.features_per_head)
+        self.out_proj = parts.row(config.width, config.width)
+
+    def forward(self, x: torch.Tensor, *, state: LayerState | None = None, layout: Layout | None = None):
+        """(y like x, the new state or None without one)."""
+        y, state = self.core(self.project(x), state=state, layout=layout)
+        return self.out_proj(y.transpose(0, 1) if self.time_first else y), state
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """The core's input, [B, T, H * features_per_head]."""
+        projected = self.in_proj(x)
+        return projected.transpose(0, 1) if self.time_first else projected

@@ -1,0 +1,217 @@
+"""The memory mixer: self-modifying Titans and every special case of it (SPEC 2; NL eq. 76-97).
+
+    in_proj -> convolution, SiLU -> projection scan (k, v, q, eta, alpha) -> memory scan -> per-head norm * gate -> out_proj
+
+`TitansCore` is everything between the two projections; it works on whole heads and never mixes them, so a tensor-parallel rank runs it
+on its own heads. M_mem never influences k, v, eta or alpha, which is why the two scans are separate.
+Legend: B batch, T tokens, G grid slots, H heads, S stacked memories, K head width, F memory hidden width, W convolution width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hope_kernels.backend import choose
+from hope_kernels.memory_scan import BACKENDS, memory_scan
+from hope_kernels.projection_scan import Generated, Inputs, Readout, projection_scan
+from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
+from hope_pt.config.schema import ModelConfig, TitansConfig
+from hope_pt.nn.layout import Layout, take
+from hope_pt.nn.parts import rms_norm
+from hope_pt.nn.state import LayerState
+
+
+def memory_rule(config: TitansConfig) -> MemoryRule:
+    """The rule of a configuration's memories."""
+    return MemoryRule(
+        memory=config.memory,
+        objective=config.objective,
+        huber_delta=config.huber_delta,
+        update=config.update,
+        dgd_scope=config.dgd_scope,
+        momentum=config.momentum == "titans",
+        self_target=config.self_target,
+        normalize_v=config.normalize_v,
+    )
+
+
+def adaptive_streams(config: TitansConfig) -> tuple[str, ...]:
+    """Names of the streams that a memory generates, in the order of the stack."""
+    static = {"k": config.static_k, "eta": config.static_eta, "alpha": config.static_alpha, "v": config.static_v, "q": not config.adaptive_q}
+    return tuple(name for name, is_static in static.items() if not is_static)
+
+
+class TitansCore(nn.Module):
+    """The head-local part of the mixer: [B, T, H * (4 K [+ 1])] -> [B, T, H * K].
+
+    All parameters are head-first, [H, ...]. The input is interleaved per head: q, k, v, gate (K each), then the momentum logit where
+    momentum is on. States and scans are at least fp32 whatever the input's dtype.
+    """
+
+    def __init__(self, config: ModelConfig, *, num_heads: int):
+        super().__init__()
+        titans = config.titans
+        self.config = titans
+        self.rule = memory_rule(titans)
+        self.stack = adaptive_streams(titans)
+        self.num_heads, self.head_width, self.norm_eps = num_heads, config.head_width, config.norm_eps
+        self.backend = choose("memory scans", backend=titans.backend, available=tuple(BACKENDS), rule=self.rule)
+        heads, width, hidden = num_heads, config.head_width, config.memory_hidden
+        shapes = [(hidden, width), (width, hidden)] if titans.memory == "mlp" else [(width, width)]
+        self.conv_weight = nn.Parameter(torch.empty(heads, 3 * width, titans.conv_width))
+        self.mem_weights = nn.ParameterList([nn.Parameter(torch.empty(heads, *shape)) for shape in shapes])
+        self.proj_weights = nn.ParameterList([nn.Parameter(torch.empty(heads, len(self.stack), *s)) for s in shapes if self.stack])
+        self.eta_weight = nn.Parameter(torch.empty(heads, width))
+        self.eta_bias = nn.Parameter(torch.empty(heads))
+        self.alpha_weight = nn.Parameter(torch.empty(heads, width))
+        self.alpha_bias = nn.Parameter(torch.empty(heads))
+        self.mu_bias = nn.Parameter(torch.empty(heads)) if self.rule.momentum else None
+        self.out_norm = nn.Parameter(torch.empty(heads, width))
+
+    @property
+    def features_per_head(self) -> int:
+        """Columns of the input projection for one head."""
+        return 4 * self.head_width + (1 if self.rule.momentum else 0)
+
+    def forward(self, projected_BTP: torch.Tensor, *, state: LayerState | None = None, layout: Layout | None = None):
+        """(y [B, T, H * K], the new state or None without one). layout: None for fresh full rows."""
+        x_BTHP = projected_BTP.unflatten(-1, (self.num_heads, self.features_per_head))
+        gate = x_BTHP[..., 3 * self.head_width : 4 * self.head_width]
+        inputs, tail, opened = self._streams(x_BTHP, state, layout)
+        generated, memory = self._scans(inputs, state, layout, keep=state is not None)
+        y_BTHK = generated.transpose(1, 2)
+        if layout is not None:
+            y_BTHK = layout.from_grid(y_BTHK)
+        y = rms_norm(y_BTHK, self.out_norm, eps=self.norm_eps) * F.silu(gate.to(y_BTHK.dtype))
+        new_state = None if state is None else {**memory, "tail": tail, **opened}
+        return y.flatten(2).to(projected_BTP.dtype), new_state
+
+    def _streams(self, x_BTHP: torch.Tensor, state: LayerState | None, layout: Layout | None):
+        """Convolved static streams on the grid as scan inputs, the new convolution tail, and the open part of the last chunk."""
+        wide = torch.promote_types(x_BTHP.dtype, torch.float32)
+        qkv = x_BTHP[..., : 3 * self.head_width].to(wide)
+        conv, tail = causal_conv(qkv, self.conv_weight.to(wide), None if state is None else state["tail"], layout)
+        streams = F.silu(conv)
+        mu = F.logsigmoid(x_BTHP[..., -1].to(wide) + self.mu_bias.to(wide)) if self.rule.momentum else None
+        live, opened = None, {}
+        if layout is not None:
+            streams = layout.to_grid(streams, None if state is None else state["open"])
+            live = (layout.source_BG != 0).unsqueeze(1).to(wide)
+            if mu is not None:
+                mu = layout.to_grid(mu, None if state is None else state["open_log_mu"])
+        if state is not None:
+            opened["open"] = layout.open_part(streams)
+            if mu is not None:
+                opened["open_log_mu"] = layout.open_part(mu)
+        q, k, v = streams.transpose(1, 2).unflatten(-1, (3, self.head_width)).unbind(-2)
+        log_mu = None if mu is None else mu.transpose(1, 2)
+        return Inputs(k, v, q, live, log_mu), tail, opened
+
+    def readout(self, dtype: torch.dtype) -> Readout:
+        """Parameters and switches of eta and alpha."""
+        parameters = (self.eta_weight, self.eta_bias, self.alpha_weight, self.alpha_bias)
+        return Readout(*(p.to(dtype) for p in parameters), self.config.eta_max, self.config.retention, not self.config.memory_off)
+
+    def starts(self, batch: int, dtype: torch.dtype) -> tuple[MemoryState, MemoryState | None]:
+        """The learned start of M_mem and of the stack (None where every stream is static)."""
+        momentum = self.rule.momentum
+        mem = MemoryState.start(tuple(w.to(dtype) for w in self.mem_weights), batch=batch, momentum=momentum)
+        if not self.stack:
+            return mem, None
+        return mem, MemoryState.start(tuple(w.to(dtype) for w in self.proj_weights), batch=batch, momentum=momentum)
+
+    def _scans(self, inputs: Inputs, state: LayerState | None, layout: Layout | None, *, keep: bool):
+        """Both scans: (y [B, H, G, K], the memories' new anchors as named tensors)."""
+        mem_start, proj_start = self.starts(inputs.k.shape[0], inputs.k.dtype)
+        mem, proj = (mem_start, proj_start) if state is None else unpack(state, mem_start, proj_start)
+        masks = None if layout is None else ChunkMasks(layout.commit_proj_BN, layout.reset_proj_BN)
+        generated, proj = self.generate(inputs, proj, proj_start, masks)
+        mem_masks = None if layout is None else ChunkMasks(layout.commit_mem_BN, layout.reset_mem_BN)
+        y, mem = self.remember(generated, inputs.log_mu, mem, mem_start, mem_masks, first_chunk=layout.first_mem if layout else 0)
+        return y, pack(mem, proj) if keep else {}
+
+    def generate(self, inputs: Inputs, state: MemoryState | None, start: MemoryState | None, masks: ChunkMasks | None):
+        """The projection scan with this mixer's settings."""
+        return projection_scan(
+            inputs,
+            self.readout(inputs.k.dtype),
+            state,
+            rule=self.rule,
+            stack=self.stack,
+            chunk=self.config.chunk_proj,
+            start=start,
+            masks=masks,
+            save_every=self.config.save_every,
+            backend=self.backend,
+        )
+
+    def remember(
+        self,
+        generated: Generated,
+        log_mu: torch.Tensor | None,
+        state: MemoryState,
+        start: MemoryState,
+        masks: ChunkMasks | None,
+        *,
+        first_chunk: int = 0,
+    ) -> tuple[torch.Tensor, MemoryState]:
+        """The memory scan with this mixer's settings; chunks before first_chunk are already committed in every row and are skipped."""
+        skip = first_chunk * self.config.chunk_mem
+        streams = [None if t is None else t[:, :, skip:] for t in (*generated.tensors(), log_mu)]
+        k, v, q, eta, log_alpha, log_mu = streams
+        if masks is not None:
+            masks = ChunkMasks(masks.commit_BN[:, first_chunk:], masks.reset_BN[:, first_chunk:])
+        y, state = memory_scan(
+            q, k, v, eta, log_alpha, state,
+            rule=self.rule,
+            chunk=self.config.chunk_mem,
+            log_mu_BHT=log_mu,
+            start=start,
+            masks=masks,
+            read=self.config.read,
+            save_every=self.config.save_every,
+            backend=self.backend,
+        )  # fmt: skip
+        return F.pad(y, (0, 0, skip, 0)), state
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> LayerState:
+        """The state before the first token."""
+        mem, proj = self.starts(batch, dtype)
+        chunk, heads, width = self.config.chunk_proj, self.num_heads, 3 * self.head_width
+        state = pack(mem, proj)
+        state["tail"] = torch.zeros(batch, self.config.conv_width - 1, heads, width, dtype=dtype, device=device)
+        state["open"] = torch.zeros(batch, chunk, heads, width, dtype=dtype, device=device)
+        if self.rule.momentum:
+            state["open_log_mu"] = torch.zeros(batch, chunk, heads, dtype=dtype, device=device)
+        return state
+
+
+def pack(mem: MemoryState, proj: MemoryState | None) -> LayerState:
+    """Named tensors of both memory states."""
+    named = {f"mem.{i}": t for i, t in enumerate(mem.tensors())}
+    return named if proj is None else {**named, **{f"proj.{i}": t for i, t in enumerate(proj.tensors())}}
+
+
+def unpack(state: LayerState, mem: MemoryState, proj: MemoryState | None) -> tuple[MemoryState, MemoryState | None]:
+    """The inverse of `pack`, with the structure of the given states."""
+    named = [None if s is None else s.like(tuple(state[f"{p}.{i}"] for i in range(len(s.tensors())))) for p, s in (("mem", mem), ("proj", proj))]
+    return named[0], named[1]
+
+
+def causal_conv(
+    x_BTHX: torch.Tensor, weight_HXW: torch.Tensor, tail: torch.Tensor | None, layout: Layout | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Causal depthwise convolution over the tokens of a document: (y like x, the last W - 1 inputs of the last document or None).
+
+    tail [B, W - 1, H, X]: inputs before the first token, zero for a fresh document. The last tap is the token itself.
+    """
+    batch, length, heads, width = x_BTHX.shape
+    taps = weight_HXW.shape[-1]
+    if layout is None:
+        flat = F.pad(x_BTHX.flatten(2).mT, (taps - 1, 0))
+        y = F.conv1d(flat, weight_HXW.flatten(0, 1).unsqueeze(1), groups=heads * width)
+        return y.mT.unflatten(-1, (heads, width)), None
+    before = x_BTHX.new_zeros(batch, taps, heads, width) if tail is None else F.pad(tail, (0, 0, 0, 0, 1, 0))
+    pool = torch.cat([before, x_BTHX], 1)
+    y = torch.einsum("btwhx,hxw->bthx", take(pool, layout.taps_BTW), weight_HXW)
+    return y, take(pool, layout.tail_BW)

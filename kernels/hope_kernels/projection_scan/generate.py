@@ -1,0 +1,89 @@
+"""From static streams to k, v, q, eta, alpha (SPEC 2): what both implementations of the projection scan share as data types.
+
+Legend: B batch, H heads, T tokens, K head width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from hope_kernels.memory import l2norm
+
+MAX_FORGET = math.log(2.0)  # alpha >= 0.5
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Static streams after convolution and activation: k, v, q [B, H, T, K]; live [B, 1, T] is 0 at no-op positions (or None).
+
+    log_mu [B, H, T]: momentum decay from the static projection, or None.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    q: torch.Tensor
+    live: torch.Tensor | None = None
+    log_mu: torch.Tensor | None = None
+
+    def window(self, window: slice) -> "Inputs":
+        """The tokens of a slice."""
+        return Inputs(*(None if t is None else t[:, :, window] for t in (self.k, self.v, self.q, self.live, self.log_mu)))
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Parameters of eta and alpha: weight_eta, weight_alpha [H, K], bias_eta, bias_alpha [H]; eta_max; the two control switches.
+
+    writes = False: eta = 0 and alpha = 1 everywhere. retention = False: alpha = 1.
+    """
+
+    weight_eta: torch.Tensor
+    bias_eta: torch.Tensor
+    weight_alpha: torch.Tensor
+    bias_alpha: torch.Tensor
+    eta_max: float = 1.0
+    retention: bool = True
+    writes: bool = True
+
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """The four parameter tensors."""
+        return self.weight_eta, self.bias_eta, self.weight_alpha, self.bias_alpha
+
+    def like(self, parameters: tuple[torch.Tensor, ...]) -> "Readout":
+        """The same switches with other parameters."""
+        return Readout(*parameters, self.eta_max, self.retention, self.writes)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """k, v, q [B, H, T, K] (k and q of unit length), eta and log_alpha [B, H, T]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    q: torch.Tensor
+    eta: torch.Tensor
+    log_alpha: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors in the order of the fields."""
+        return self.k, self.v, self.q, self.eta, self.log_alpha
+
+
+def generate(reads: dict[str, torch.Tensor], readout: Readout, *, live: torch.Tensor | None, normalize_v: bool) -> Generated:
+    """The streams from what each of k, v, q, eta, alpha read, [B, H, T, K] each."""
+    rate = torch.einsum("bhtk,hk->bht", reads["eta"], readout.weight_eta) + readout.bias_eta.unsqueeze(-1)
+    forget = torch.einsum("bhtk,hk->bht", reads["alpha"], readout.weight_alpha) + readout.bias_alpha.unsqueeze(-1)
+    eta = readout.eta_max * torch.sigmoid(rate)
+    log_alpha = -F.softplus(forget).clamp(max=MAX_FORGET)
+    eta = eta if readout.writes else torch.zeros_like(eta)
+    log_alpha = log_alpha if readout.writes and readout.retention else torch.zeros_like(log_alpha)
+    if live is not None:
+        eta, log_alpha = eta * live, log_alpha * live
+    value = l2norm(reads["v"]) if normalize_v else reads["v"]
+    return Generated(l2norm(reads["k"]), value, l2norm(reads["q"]), eta, log_alpha)
+
+
+SOURCE = {"k": "k", "eta": "k", "alpha": "k", "v": "v", "q": "q"}
+"""Static stream that each generated stream is read from."""

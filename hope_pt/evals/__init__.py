@@ -1,0 +1,14 @@
+"""Evaluations: held-out loss and bits per byte, n-gram baselines, passkey probe, associative recall.
+
+Every function returns a flat dict of `eval/...` metrics, leaves the model's mode, the random number generators and all memory states
+as they were, and gives the same numbers when it is called again.
+"""
+
+from hope_pt.evals.language import bits_per_byte, heldout
+from hope_pt.evals.ngram import Trigram, Unigram, baselines
+from hope_pt.evals.passkey import passkey
+from hope_pt.evals.recall import recall
+from hope_pt.evals.scoring import TokenLosses, lm_losses
+from hope_pt.evals.suite import evaluate
+
+__all__ = ["TokenLosses", "Trigram", "Unigram", "baselines", "bits_per_byte", "evaluate", "heldout", "lm_losses", "passkey", "recall"]

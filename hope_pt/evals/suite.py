@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hope_pt.data.mqar import MQARSource
 from hope_pt.evals.language import heldout
 from hope_pt.evals.passkey import passkey
 from hope_pt.evals.recall import recall
@@ -21,8 +22,8 @@ def evaluate(lm: HopeLM, source: Source, *, config: RunConfig) -> dict[str, floa
     sequences = config.eval.sequences
     losses = lm_losses(lm, document_reset=config.data.document_reset)
     result = heldout(losses, source, sequences=sequences, batch_size=batch_size)
-    if config.data.source == "mqar":
-        result |= recall(lm, source, chance=source.chance, sequences=sequences, batch_size=batch_size)
+    if isinstance(source, MQARSource):
+        result |= recall(lm, source, chance=1 / source.num_values, sequences=sequences, batch_size=batch_size)
     elif config.eval.passkey:
         result |= passkey(lm, source, batch_size=batch_size)
     return result

@@ -1,0 +1,183 @@
+"""Memory-mapped reader of the MDS shards that `hope-data` (or mosaicml-streaming's MDSWriter) wrote; format: docs/data.md.
+
+A sample lies in a shard as `sizes | doc_starts | tokens`, tokens last, so its ids are the last (seq_len + 1) * itemsize bytes before the
+next sample's offset. Every shard's sha256 is compared with the manifest before its first sample is used: at opening for a corpus of up
+to CHECK_AT_OPEN_BYTES, at first touch beyond that.
+"""
+
+import hashlib
+import json
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hope_pt.data.batch import Batch, Rows
+from hope_pt.errors import DataError
+
+CHECK_AT_OPEN_BYTES = 256 << 20
+_LENGTH_BYTES = (1, 2, 4, 8)
+_COLUMNS = ["doc_starts", "tokens"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The part of manifest.json that reading needs; `text` is the whole, parsed."""
+
+    path: Path
+    text: dict[str, Any]
+
+    @classmethod
+    def load(cls, directory: Path) -> "Manifest":
+        """Read and check directory/manifest.json; DataError if missing, broken, altered or of another format."""
+        path = directory / "manifest.json"
+        try:
+            text = json.loads(path.read_bytes())
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; set data.path to a directory that `hope-data tokenize` wrote") from None
+        except ValueError as error:
+            raise DataError(f"{path} is not valid JSON ({error}); write the corpus again") from None
+        if not isinstance(text, dict) or text.get("format") != "hope-data/1":
+            raise DataError(f"{path} is not a hope-data/1 manifest; write the corpus again with this version's `hope-data tokenize`")
+        body = {k: v for k, v in text.items() if k != "fingerprint"}
+        found = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
+        if found != text.get("fingerprint"):
+            raise DataError(f"{path} was altered: fingerprint {text.get('fingerprint')}, its content says {found}; write the corpus again")
+        return cls(path, text)
+
+
+class ShardSource:
+    """`Source` over one split of a local corpus directory.
+
+    `fetch(path)`, when given, is called before a shard file is first opened and must leave it in place (the streaming backend).
+    """
+
+    def __init__(self, directory: Path, *, split: str, seq_len: int, fetch: Callable[[Path], None] | None = None):
+        manifest = Manifest.load(directory)
+        text = manifest.text
+        if text["seq_len"] != seq_len:
+            raise DataError(
+                f"data.seq_len = {seq_len} but {manifest.path} says {text['seq_len']}; set data.seq_len = {text['seq_len']} "
+                f"or tokenize again with --seq-len {seq_len}"
+            )
+        counts = text["splits"][split]
+        if not counts["samples"]:
+            raise DataError(f"{directory} has no {split} samples; tokenize again with another --heldout-every")
+        self.fingerprint: str = text["fingerprint"]
+        self.num_samples: int = counts["samples"]
+        self.seq_len = seq_len
+        self.vocab_size: int = text["vocab_size"]
+        self.bytes_per_token: float = counts["bytes"] / counts["tokens"]
+        self.tokenizer_path: Path | None = directory / text["tokenizer"]["file"]
+        self._directory, self._split, self._fetch = directory, split, fetch
+        self._dtype = np.dtype(text["dtype"]).newbyteorder("<")
+        self._records = counts["shards"]
+        self._ends = np.cumsum([r["samples"] for r in self._records])
+        self._open: list[_Shard | None] = [None] * len(self._records)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Everything that is cheap to know at once: the tokenizer, presence and size of every shard; hashes of a small corpus."""
+        assert self.tokenizer_path is not None
+        try:
+            found = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(f"cannot read {self.tokenizer_path}: {error.strerror}; copy the whole corpus directory") from None
+        expected = Manifest.load(self._directory).text["tokenizer"]["sha256"]
+        if found != expected:
+            raise DataError(f"{self.tokenizer_path} has sha256 {found}, the manifest says {expected}; restore the file")
+        if self._fetch is None:
+            for record in self._records:
+                _check_size(self._path(record), record)
+            if sum(r["bytes"] for r in self._records) <= CHECK_AT_OPEN_BYTES:
+                for k in range(len(self._records)):
+                    self._shard(k)
+
+    def _path(self, record: dict[str, Any]) -> Path:
+        return self._directory / self._split / record["file"]
+
+    def _shard(self, k: int) -> "_Shard":
+        shard = self._open[k]
+        if shard is None:
+            path = self._path(self._records[k])
+            if self._fetch is not None:
+                self._fetch(path)
+            shard = self._open[k] = _Shard(path, self._records[k], dtype=self._dtype, seq_len=self.seq_len)
+        return shard
+
+    def read(self, indices: np.ndarray) -> Batch:
+        return self.read_rows(indices).to_batch()
+
+    def read_rows(self, indices: np.ndarray) -> Rows:
+        indices = np.asarray(indices, np.int64)
+        if indices.size and (indices.min() < 0 or indices.max() >= self.num_samples):
+            raise IndexError(f"sample index outside 0..{self.num_samples - 1}")
+        shards = np.searchsorted(self._ends, indices, side="right")
+        ids = np.empty((indices.size, self.seq_len + 1), self._dtype)
+        starts = np.zeros((indices.size, self.seq_len), np.bool_)
+        for row, (k, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True)):
+            shard = self._open[k] or self._shard(k)
+            shard.copy_sample(index - int(self._ends[k] - self._records[k]["samples"]), ids[row], starts[row])
+        return Rows(ids, starts)
+
+    def close(self) -> None:
+        for shard in self._open:
+            if shard is not None:
+                shard.close()
+        self._open = [None] * len(self._records)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": [None] * len(self._records)}
+
+
+class _Shard:
+    """One mapped and verified shard file."""
+
+    def __init__(self, path: Path, record: dict[str, Any], *, dtype: np.dtype, seq_len: int):
+        _check_size(path, record)
+        try:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise DataError(f"cannot read shard {path}: {error.strerror}; restore the file or write the corpus again") from None
+        found = hashlib.sha256(self._map).hexdigest()
+        if found != record["sha256"]:
+            raise DataError(f"shard {path} is damaged: sha256 {found}, the manifest says {record['sha256']}; restore the file")
+        self._path, self._dtype, self._length = path, dtype, seq_len + 1
+        count = int.from_bytes(self._map[:4], "little")
+        self._offsets: list[int] = np.frombuffer(self._map, "<u4", count + 1, 4).tolist()
+        self._check_columns(json.loads(self._map[8 + 4 * count : self._offsets[0]]))
+
+    def _check_columns(self, config: dict[str, Any]) -> None:
+        encodings = config["column_encodings"]
+        if config["column_names"] != _COLUMNS or config["column_sizes"] != [None, None] or encodings[1] != f"ndarray:{self._dtype.name}":
+            raise DataError(
+                f"shard {self._path} has the columns {config['column_names']} as {encodings}; expected {_COLUMNS} as "
+                f"['ndarray:uint32', 'ndarray:{self._dtype.name}']"
+            )
+
+    def copy_sample(self, index: int, ids: np.ndarray, starts: np.ndarray) -> None:
+        """Copy sample `index` of the shard into ids [seq_len + 1] and set starts [seq_len] (zeroed by the caller)."""
+        begin, end = self._offsets[index], self._offsets[index + 1]
+        ids[:] = np.frombuffer(self._map, self._dtype, self._length, end - self._length * self._dtype.itemsize)
+        # head of doc_starts: two sizes of 4 bytes, then the array's code byte and its length of 1, 2, 4 or 8 bytes
+        size = _LENGTH_BYTES[self._map[begin + 8] & 3]
+        count = int.from_bytes(self._map[begin + 9 : begin + 9 + size], "little")
+        if count > 1:
+            places = np.frombuffer(self._map, "<u4", count, begin + 9 + size)
+            starts[places[places < self._length - 1]] = True
+
+    def close(self) -> None:
+        self._map.close()
+
+
+def _check_size(path: Path, record: dict[str, Any]) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"shard {path} is missing ({error.strerror}); restore it or write the corpus again") from None
+    if size != record["bytes"]:
+        raise DataError(f"shard {path} has {size} bytes, the manifest says {record['bytes']}; restore the file")

@@ -5,8 +5,8 @@ files sees a change and no torch operation of the model passes through Python on
 
 1. `torch.zeros(..., device="cuda")` and `torch.cuda.current_device()` in a few modules: those modules get a `torch` whose factories and
    whose `cuda` sub-module know only the CPU (`redirect`, once a process).
-2. `param.type() == "torch.cuda.FloatTensor"` in the mixed-precision optimizer and in gradient clipping: `cuda_type_names`, a torch
-   function mode that is active around the construction and the step of the optimizer only, never around a forward or backward pass.
+2. `param.type() == "torch.cuda.FloatTensor"` in the constructor of the mixed-precision optimizer: `cuda_type_names`, a torch function
+   mode that is active there only.
 3. `config.use_cpu_initialization` covers the layers' own weights (engine.model).
 
 The alternative, one global torch function mode, is measured in docs/engine.md: it costs every small operation of the memory scan.
@@ -28,7 +28,6 @@ _LOG = logging.getLogger(__name__)
 REDIRECTED_MODULES = (
     "megatron.core.distributed.distributed_data_parallel",
     "megatron.core.distributed.param_and_grad_buffer",
-    "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.optimizer",
     "megatron.core.pipeline_parallel.p2p_communication",
     "megatron.core.pipeline_parallel.schedules",
@@ -100,5 +99,5 @@ class _CudaTypeNames(TorchFunctionMode):
 
 
 def cuda_type_names(device: torch.device) -> contextlib.AbstractContextManager:
-    """Context for the megatron optimizer code that compares type strings; does nothing on a GPU."""
+    """Context for the megatron constructor that compares type strings; does nothing on a GPU."""
     return _CudaTypeNames() if device.type == "cpu" else contextlib.nullcontext()

@@ -1,8 +1,8 @@
 """The stream clock of the continuum memory system (SPEC 3, NL eq. 70-71): parameter groups that step less often.
 
 A group with `period` n takes one step of the inner optimizer every n calls of `step`, with the *sum* of the gradients of those n calls,
-and is frozen between: no update, no weight decay, no moment. Calls count from 1, so the group steps at calls n, 2n, 3n ...; a call with
-`skip=True` (a non-finite gradient) advances the clock and contributes nothing.
+and is frozen between: no update, no weight decay, no moment. Calls count from 1, so the group steps at calls n, 2n, 3n ...; a parameter
+whose `.grad` is None (a step that was skipped for a non-finite gradient) contributes nothing while the clock goes on.
 
 `Clocked` stands around any torch optimizer and has its interface. megatron-core's wrappers take it as their inner optimizer: they read
 and replace parameters in `param_groups`, which is the inner optimizer's own list, set `.grad`, and call `step`. The accumulated gradients are
@@ -42,7 +42,7 @@ class Clocked:
         return self.inner.state
 
     @torch.no_grad()
-    def step(self, *, skip: bool = False) -> None:
+    def step(self) -> None:
         """Advance all clocks by one; step the groups whose interval ends with the gradients of the interval, which `.grad` completes.
 
         Parameters of a group in mid-interval are left with `.grad` None.
@@ -50,16 +50,13 @@ class Clocked:
         self.num_calls += 1
         for group in self.param_groups:
             if group[PERIOD] > 1:
-                self._accumulate(group, due=self.num_calls % group[PERIOD] == 0, skip=skip)
-            elif skip:
-                for param in group["params"]:
-                    param.grad = None
+                self._accumulate(group, due=self.num_calls % group[PERIOD] == 0)
         self.inner.step()
 
-    def _accumulate(self, group: dict[str, Any], *, due: bool, skip: bool) -> None:
+    def _accumulate(self, group: dict[str, Any], *, due: bool) -> None:
         for param in group["params"]:
             total = self._accumulated.get(param)
-            if param.grad is not None and not skip:
+            if param.grad is not None:
                 if total is None:
                     total = self._accumulated[param] = param.grad.detach().clone()
                 else:

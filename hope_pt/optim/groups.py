@@ -3,9 +3,9 @@
 | class     | parameters                                                             | weight decay | period  |
 |-----------|------------------------------------------------------------------------|--------------|---------|
 | matrix    | in_proj, out_proj of the mixers                                        | yes          | 1       |
-| memory    | initial states of the fast-weight memories, [H, ...] matrices per head | no           | 1       |
-| gate      | readouts, biases, convolutions and all other per-head parameters       | no           | 1       |
-| norm      | weights of all norms outside the CMS levels                            | no           | 1       |
+| memory    | initial states of the fast-weight memories                             | no           | 1       |
+| gate      | all other per-head parameters: readouts, biases, convolutions, norms   | no           | 1       |
+| norm      | weights of the norms before the mixer and the head                     | no           | 1       |
 | embedding | embedding and untied head                                              | no           | 1       |
 | cms       | the matrices of CMS level l                                            | yes          | n_l     |
 | cms-norm  | the norm of CMS level l                                                | no           | n_l     |
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from hope_pt.config.schema import ModelConfig
 
 _LEVEL = re.compile(r"\.cms\.levels\.(\d+)\.")
+_MEMORY = re.compile(r"\.core\.(mem|proj)_weights\.")
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ def rule_of(name: str, *, ndim: int, config: ModelConfig) -> Rule:
         return Rule("matrix", True)
     if name.endswith("norm.weight") and ndim == 1:
         return Rule("norm", False)
-    # Memory matrices are [H, out, in].
-    return Rule("memory", False) if ndim > 2 else Rule("gate", False)
+    return Rule("memory", False) if _MEMORY.search(name) else Rule("gate", False)
 
 
 def group_parameters(shapes: Mapping[str, Iterable[int]], *, config: ModelConfig) -> list[Group]:

@@ -87,7 +87,7 @@ types: $(VENV)/.stamp-full ## mypy
 
 .PHONY: bench
 bench: $(VENV)/.stamp-base ## CPU speed and memory of a HOPE block beside a transformer block of equal size
-	$(BIN)/python tools/bench/cpu.py
+	$(BIN)/python -m tools.bench.cpu
 
 .PHONY: stability
 stability: $(VENV)/.stamp-base data ## both chunk presets, three seeds, peak learning rate, long sequence; and the literal objective beside them

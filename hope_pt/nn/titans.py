@@ -37,8 +37,8 @@ def memory_rule(config: TitansConfig) -> MemoryRule:
 
 def adaptive_streams(config: TitansConfig) -> tuple[str, ...]:
     """Names of the streams that a memory generates, in the order of the stack."""
-    static = {"k": config.static_k, "eta": config.static_eta, "alpha": config.static_alpha, "v": config.static_v, "q": not config.adaptive_q}
-    return tuple(name for name, is_static in static.items() if not is_static)
+    static = {"k": config.static_k, "eta": config.static_eta, "alpha": config.static_alpha, "v": config.static_v}
+    return tuple(name for name, is_static in {**static, "q": not config.adaptive_q}.items() if not is_static)
 
 
 class TitansCore(nn.Module):
@@ -77,7 +77,7 @@ class TitansCore(nn.Module):
         """(y [B, T, H * K], the new state or None without one). layout: None for fresh full rows."""
         x_BTHP = projected_BTP.unflatten(-1, (self.num_heads, self.features_per_head))
         gate = x_BTHP[..., 3 * self.head_width : 4 * self.head_width]
-        inputs, tail, opened = self._streams(x_BTHP, state, layout)
+        inputs, tail, opened = self.streams(x_BTHP, state, layout)
         generated, memory = self._scans(inputs, state, layout, keep=state is not None)
         y_BTHK = generated.transpose(1, 2)
         if layout is not None:
@@ -86,7 +86,7 @@ class TitansCore(nn.Module):
         new_state = None if state is None else {**memory, "tail": tail, **opened}
         return y.flatten(2).to(projected_BTP.dtype), new_state
 
-    def _streams(self, x_BTHP: torch.Tensor, state: LayerState | None, layout: Layout | None):
+    def streams(self, x_BTHP: torch.Tensor, state: LayerState | None, layout: Layout | None):
         """Convolved static streams on the grid as scan inputs, the new convolution tail, and the open part of the last chunk."""
         wide = torch.promote_types(x_BTHP.dtype, torch.float32)
         qkv = x_BTHP[..., : 3 * self.head_width].to(wide)
@@ -194,8 +194,8 @@ def pack(mem: MemoryState, proj: MemoryState | None) -> LayerState:
 
 def unpack(state: LayerState, mem: MemoryState, proj: MemoryState | None) -> tuple[MemoryState, MemoryState | None]:
     """The inverse of `pack`, with the structure of the given states."""
-    named = [None if s is None else s.like(tuple(state[f"{p}.{i}"] for i in range(len(s.tensors())))) for p, s in (("mem", mem), ("proj", proj))]
-    return named[0], named[1]
+    mem = mem.like(tuple(state[f"mem.{i}"] for i in range(len(mem.tensors()))))
+    return mem, None if proj is None else proj.like(tuple(state[f"proj.{i}"] for i in range(len(proj.tensors()))))
 
 
 def causal_conv(
@@ -208,9 +208,8 @@ def causal_conv(
     batch, length, heads, width = x_BTHX.shape
     taps = weight_HXW.shape[-1]
     if layout is None:
-        flat = F.pad(x_BTHX.flatten(2).mT, (taps - 1, 0))
-        y = F.conv1d(flat, weight_HXW.flatten(0, 1).unsqueeze(1), groups=heads * width)
-        return y.mT.unflatten(-1, (heads, width)), None
+        pool = F.pad(x_BTHX, (0, 0, 0, 0, taps - 1, 0))
+        return sum(pool[:, tap : tap + length] * weight_HXW[..., tap] for tap in range(taps)), None
     before = x_BTHX.new_zeros(batch, taps, heads, width) if tail is None else F.pad(tail, (0, 0, 0, 0, 1, 0))
     pool = torch.cat([before, x_BTHX], 1)
     y = torch.einsum("btwhx,hxw->bthx", take(pool, layout.taps_BTW), weight_HXW)

@@ -29,16 +29,22 @@ from hope_kernels.memory import LayerSignal
 class Decay:
     """Products of alpha and mu in a chunk; the same for every weight matrix.
 
-    g, g_prev [L, C, 1]: product of alpha up to and before t. ratio [L, C, C]: g_t / g_s for s <= t, else 0. rho [L, C, C]: weight of
-    the write at s in W_t (equal to ratio without momentum). kappa, kappa_prev [L, C, 1] and mu_end [L, C, 1] (m_C / m_s), mu_total
-    [L, 1, 1]: with momentum only.
+    eta, g, g_prev [L, C, 1]: learning rate, product of alpha up to and before t. before [L, C, C]: g_{t-1} / g_s for s < t, else 0.
+    end [L, C, 1]: weight of the write at s in W_C; keep [L, C, 1]: g_C / g_s (the same without momentum). inside [L, C, C]: weight of the
+    write at s in W_t, and ratio [L, C, C]: g_t / g_s for s <= t (the same without momentum); both None where no token reads inside the
+    chunk. With momentum only: rho_before [L, C, C], the weight of the write at s in W_{t-1}; kappa, kappa_prev and mu_end (m_C / m_s)
+    [L, C, 1]; mu_total [L, 1, 1].
     """
 
     eta: torch.Tensor
     g: torch.Tensor
     g_prev: torch.Tensor
-    ratio: torch.Tensor
-    rho: torch.Tensor
+    before: torch.Tensor
+    keep: torch.Tensor
+    end: torch.Tensor
+    ratio: torch.Tensor | None = None
+    inside: torch.Tensor | None = None
+    rho_before: torch.Tensor | None = None
     kappa: torch.Tensor | None = None
     kappa_prev: torch.Tensor | None = None
     mu_end: torch.Tensor | None = None
@@ -49,30 +55,51 @@ class Decay:
         return Decay(*(None if t is None else t.unsqueeze(dim) for t in self.__dict__.values()))
 
 
-def _lower_ratios(log_cumsum: torch.Tensor) -> torch.Tensor:
-    """exp(c_t - c_s) for s <= t, else 0: [L, C] -> [L, C, C]."""
-    size = log_cumsum.shape[-1]
-    above = torch.ones(size, size, dtype=torch.bool, device=log_cumsum.device).triu(1)
-    return (log_cumsum.unsqueeze(-1) - log_cumsum.unsqueeze(-2)).masked_fill(above, float("-inf")).exp()
+class _Ratios(torch.autograd.Function):
+    """exp(a_t - b_s) below a diagonal, else 0: a, b [L, C] -> [L, C, C]. The mask comes first, so nothing above it can overflow."""
+
+    @staticmethod
+    def forward(ctx, a, b, diagonal):
+        size = a.shape[-1]
+        above = torch.ones(size, size, dtype=torch.bool, device=a.device).triu(diagonal)
+        out = (a.unsqueeze(-1) - b.unsqueeze(-2)).masked_fill_(above, float("-inf")).exp_()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        (out,) = ctx.saved_tensors
+        flow = upstream * out
+        return flow.sum(-1), -flow.sum(-2), None
 
 
-def _shift(x: torch.Tensor, first: float) -> torch.Tensor:
-    """The rows one step earlier: row 0 becomes `first`."""
-    return torch.cat([torch.full_like(x[..., :1, :], first), x[..., :-1, :]], -2)
-
-
-def decay(eta: torch.Tensor, log_alpha: torch.Tensor, log_mu: torch.Tensor | None) -> Decay:
-    """Products of a chunk from eta, log alpha and log mu, each [L, C]."""
+def decay(eta: torch.Tensor, log_alpha: torch.Tensor, log_mu: torch.Tensor | None, *, reads: bool) -> Decay:
+    """Products of a chunk from eta, log alpha and log mu, each [L, C]; reads: tokens read inside the chunk."""
     log_g = log_alpha.cumsum(-1)
-    g = log_g.exp().unsqueeze(-1)
-    ratio = _lower_ratios(log_g)
+    log_g_prev = log_g - log_alpha
+    g, g_prev, eta = log_g.exp().unsqueeze(-1), log_g_prev.exp().unsqueeze(-1), eta.unsqueeze(-1)
+    before = _Ratios.apply(log_g_prev, log_g, 0)
+    ratio = _Ratios.apply(log_g, log_g, 1) if reads else None
+    keep = (log_g[..., -1:] - log_g).exp().unsqueeze(-1)
     if log_mu is None:
-        return Decay(eta, g, _shift(g, 1.0), ratio, ratio)
+        return Decay(eta, g, g_prev, before, keep, keep, ratio, ratio)
     log_m = log_mu.cumsum(-1)
-    kappa = ratio @ log_m.exp().unsqueeze(-1)
-    mu_end = (log_m[..., -1:] - log_m).exp().unsqueeze(-1)
-    rho = ratio @ _lower_ratios(log_m)
-    return Decay(eta, g, _shift(g, 1.0), ratio, rho, kappa, _shift(kappa, 0.0), mu_end, log_m[..., -1:].exp().unsqueeze(-1))
+    m = log_m.exp().unsqueeze(-1)
+    carried = _Ratios.apply(log_m, log_m, 1)
+    rho_before = before @ carried
+    kappa_prev = before @ m
+    return Decay(
+        eta, g, g_prev, before, keep,
+        end=carried.mT @ keep,
+        ratio=ratio,
+        inside=ratio @ carried if reads else None,
+        rho_before=rho_before,
+        kappa=log_alpha.exp().unsqueeze(-1) * kappa_prev + m,
+        kappa_prev=kappa_prev,
+        mu_end=(log_m[..., -1:] - log_m).exp().unsqueeze(-1),
+        mu_total=log_m[..., -1:].exp().unsqueeze(-1),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,29 +124,28 @@ class ChunkTerms:
 
 def chunk_terms(x: torch.Tensor, decay: Decay, *, erase: bool, queries: torch.Tensor | None = None) -> ChunkTerms:
     """Terms of inputs x [L, C, I]; with queries [L, C, I] those of the causal inclusive read too."""
-    eta = decay.eta.unsqueeze(-1)
     with_momentum = decay.kappa is not None
-    momentum = decay.mu_end * eta * x if with_momentum else None
-    write = decay.rho[..., -1, :].unsqueeze(-1) * eta * x  # rho_Cs eta_s x_s
-    scores = None if queries is None else queries @ x.mT * eta.mT  # eta_s x_s . q_t
+    paced = decay.eta * x  # eta_s x_s
+    momentum = decay.mu_end * paced if with_momentum else None
+    scores = None if queries is None else queries @ paced.mT
     if not erase:
-        return ChunkTerms(decay, None, write, None, None if scores is None else decay.rho * scores, momentum)
-    gram = (x @ x.mT) * eta.mT
-    system = _shift(decay.ratio, 0.0) * gram  # its unit diagonal is implied by `unitriangular`
-    erased = decay.ratio[..., -1, :].unsqueeze(-1) * eta * x
+        return ChunkTerms(decay, None, decay.end * paced, None, None if scores is None else decay.inside * scores, momentum)
+    gram = x @ paced.mT
+    system = decay.before * gram  # its unit diagonal is implied by `unitriangular`
+    erased = decay.keep * paced
     if scores is None:
-        inverse = None
         y = torch.linalg.solve_triangular(system.mT, erased, upper=True, unitriangular=True)
+        m = None
     else:
         identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device).expand_as(system)
         inverse = torch.linalg.solve_triangular(system, identity, upper=False, unitriangular=True)
         y = inverse.mT @ erased
-    m = None if scores is None else (decay.ratio * scores) @ inverse
+        m = (decay.ratio * scores) @ inverse
     if not with_momentum:
         return ChunkTerms(decay, y, y, m, m, None)
-    rho_prev = _shift(decay.rho, 0.0) * gram
-    y_delta = write - rho_prev.mT @ y
-    m_delta = None if m is None else decay.rho * scores - m @ rho_prev
+    rho_gram = decay.rho_before * gram
+    y_delta = decay.end * paced - rho_gram.mT @ y
+    m_delta = None if m is None else decay.inside * scores - m @ rho_gram
     return ChunkTerms(decay, y, y_delta, m, m_delta, momentum)
 
 

@@ -16,7 +16,7 @@ L2_EPS = 1e-6
 
 
 def l2norm(x: torch.Tensor) -> torch.Tensor:
-    """x / sqrt(|x|^2 + 1e-6) over the last dimension; smooth at zero."""
+    """Unit length: x / sqrt(|x|^2 + 1e-6) over the last dimension; smooth at zero."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
@@ -24,11 +24,52 @@ def bounded(error: torch.Tensor, rule: MemoryRule) -> torch.Tensor:
     """Gradient of the pseudo-Huber loss d^2 (sqrt(1 + |e|^2/d^2) - 1): at most d long. Unchanged for the other objectives."""
     if rule.objective != "huber":
         return error
-    return error * torch.rsqrt(1 + error.square().sum(-1, keepdim=True) / rule.huber_delta**2)
+    return _Bounded.apply(error, rule.huber_delta)
+
+
+class _Bounded(torch.autograd.Function):
+    """e / sqrt(1 + |e|^2/d^2) with its derivative: with y the result and s the factor, dL/de = s (G - y (y . G) / d^2)."""
+
+    @staticmethod
+    def forward(ctx, error, delta):
+        scale = torch.rsqrt(1 + (error * error).sum(-1, keepdim=True) / delta**2)
+        out = error * scale
+        ctx.save_for_backward(out, scale)
+        ctx.delta = delta
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        out, scale = ctx.saved_tensors
+        along = (out * upstream).sum(-1, keepdim=True) / -(ctx.delta**2)
+        return torch.addcmul(upstream, out, along) * scale, None
+
+
+class _SiluVJP(torch.autograd.Function):
+    """grad * silu'(x) as one kernel, with its own first derivative: silu'' = s (1 - s) (2 + x (1 - 2 s))."""
+
+    @staticmethod
+    def forward(ctx, grad, x):
+        ctx.save_for_backward(grad, x)
+        return torch.ops.aten.silu_backward(grad, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        grad, x = ctx.saved_tensors
+        sig = torch.sigmoid(x)
+        curvature = (sig - sig.square()) * (2 + x - 2 * x * sig)
+        return torch.ops.aten.silu_backward(upstream, x), upstream * grad * curvature
+
+
+def silu_vjp(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Gradient grad of silu(x) carried to x: grad * silu'(x). Differentiable once."""
+    return _SiluVJP.apply(grad, x)
 
 
 def read_memory(weights: tuple[torch.Tensor, ...], z: torch.Tensor) -> torch.Tensor:
-    """M(z): z [L, C, K] -> [L, C, K] (NL eq. 89, or W z)."""
+    """Read M(z): z [L, C, K] -> [L, C, K] (NL eq. 89, or W z)."""
     if len(weights) == 1:
         return z @ weights[0].mT
     return z + F.silu(z @ weights[0].mT) @ weights[1].mT
@@ -65,20 +106,17 @@ def surprise(weights: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor
     z = torch.cat([k, v], -2) if rule.self_target else k
     pre = z @ weights[0].mT
     if rule.memory == "linear":
-        target = pre[..., num_k:, :] if rule.self_target else v
-        pre_k = pre[..., :num_k, :]
-        return [LayerSignal(k, _error(pre_k, target, rule), pre_k)]
-    sig = torch.sigmoid(pre)
-    act = pre * sig
-    out = z + act @ weights[1].mT
-    pre_k, sig_k, act_k = pre[..., :num_k, :], sig[..., :num_k, :], act[..., :num_k, :]
-    error = _error(out[..., :num_k, :], out[..., num_k:, :] if rule.self_target else v, rule)
-    slope = sig_k + act_k * (1 - sig_k)  # derivative of silu
-    delta = bounded((error @ weights[1]) * slope, rule)
+        pre_k, *target = pre.split(num_k, -2)
+        return [LayerSignal(k, _error(pre_k, target[0] if target else v, rule), pre_k)]
+    hidden = F.silu(pre)
+    out_k, *target = (z + hidden @ weights[1].mT).split(num_k, -2)
+    pre_k, hidden_k = pre.split(num_k, -2)[0], hidden.split(num_k, -2)[0]
+    error = _error(out_k, target[0] if target else v, rule)
+    delta = bounded(silu_vjp(error @ weights[1], pre_k), rule)
     if rule.erases(1):
-        hidden = l2norm(act_k)
-        return [LayerSignal(k, delta, pre_k), LayerSignal(hidden, error, hidden @ weights[1].mT)]
-    return [LayerSignal(k, delta, pre_k), LayerSignal(act_k, error, None)]
+        x1 = l2norm(hidden_k)
+        return [LayerSignal(k, delta, pre_k), LayerSignal(x1, error, x1 @ weights[1].mT)]
+    return [LayerSignal(k, delta, pre_k), LayerSignal(hidden_k, error, None)]
 
 
 def _error(prediction: torch.Tensor, target: torch.Tensor, rule: MemoryRule) -> torch.Tensor:

@@ -67,7 +67,7 @@ def _segment(
     count = len(form.tensors())
     state = form.like(tensors[3 + num_gates : 3 + num_gates + count])
     start = form.like(tensors[3 + num_gates + count :]) if masks.reset_BN is not None else None
-    decays = decay(*cut[3:], *(() if rule.momentum else (None,)))
+    decays = decay(cut[3], cut[4], cut[5] if rule.momentum else None, reads=read == "causal")
     terms = chunk_terms(k, decays, erase=rule.erases(0), queries=q if read == "causal" else None)
     outputs = []
     each = zip(q.unbind(2), k.unbind(2), v.unbind(2), _unbind(terms), strict=True)

@@ -54,7 +54,7 @@ def memory_scan(
     start: MemoryState | None,
     masks: ChunkMasks,
     read: str,
-    save_every: int,  # noqa: ARG001 - the recurrence keeps every state
+    save_every: int,
 ) -> tuple[torch.Tensor, MemoryState]:
     """See `hope_kernels.memory_scan.memory_scan`."""
     outputs = []

@@ -101,7 +101,7 @@ def generate_chunk(
 
 def write_chunk(state: MemoryState, generated: Generated, log_mu: torch.Tensor | None, *, rule: MemoryRule) -> MemoryState:
     """The stacked memories after the chunk: one Gram matrix and one solve for all of them."""
-    decays = decay(generated.eta, generated.log_alpha, log_mu)
+    decays = decay(generated.eta, generated.log_alpha, log_mu, reads=False)
     terms = chunk_terms(generated.k, decays, erase=rule.erases(0)).unsqueeze(2)
     signals = surprise(state.weights, generated.k.unsqueeze(2), generated.v.unsqueeze(2), rule)
     slow = state.momentum or (None,) * rule.num_layers

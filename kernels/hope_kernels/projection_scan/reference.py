@@ -28,7 +28,7 @@ def projection_scan(
     chunk: int,
     start: MemoryState | None,
     masks: ChunkMasks,
-    save_every: int,  # noqa: ARG001 - the recurrence keeps every state
+    save_every: int,
 ) -> tuple[Generated, MemoryState | None]:
     """See `hope_kernels.projection_scan.projection_scan`."""
     outputs = []

@@ -22,6 +22,7 @@ from hope_data.tokenizer import Tokenizer, train
 from hope_data.workers import run_jobs
 
 MANIFEST_FORMAT = "hope-data/1"
+CONTENT_KEYS = ("format", "tokenizer", "vocab_size", "dtype", "seq_len", "splits")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Source:
     licence: str
     version: str = ""
     origin: str = ""
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """Identity of the content: tokenizer, sample shape, counts, and the sha256 of every shard; not where it came from or what wrote it."""
+    return sha256_bytes(canonical_json({k: manifest[k] for k in CONTENT_KEYS}))
 
 
 def training_texts(inputs: list[Input], *, read: ReadOptions, holdout: HoldOut, max_bytes: int) -> Any:
@@ -167,7 +173,7 @@ class _Build:
             "splits": splits,
             "rejects": _reject_summary(rejects),
         }
-        return {**manifest, "fingerprint": sha256_bytes(canonical_json(manifest))}
+        return {**manifest, "fingerprint": fingerprint(manifest)}
 
 
 def _check_rejects(rejects: bytes, done: list[dict[str, Any]], limit: float) -> None:

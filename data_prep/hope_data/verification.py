@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from hope_data import mds
+from hope_data.corpus_build import fingerprint
 from hope_data.errors import PrepError
-from hope_data.files import canonical_json, read_json, sha256_bytes
+from hope_data.files import read_json, sha256_bytes
 from hope_data.tokenizer import Tokenizer
 
 
@@ -14,8 +15,7 @@ def verify(directory: Path) -> str:
     path = directory / "manifest.json"
     manifest = read_json(path)
     try:
-        found = sha256_bytes(canonical_json({k: v for k, v in manifest.items() if k != "fingerprint"}))
-        _expect(path, "fingerprint", manifest["fingerprint"], found)
+        _expect(path, "fingerprint", manifest["fingerprint"], fingerprint(manifest))
         tokenizer = Tokenizer.load(directory / "tokenizer.model")
         _expect(directory / "tokenizer.model", "sha256", tokenizer.sha256, manifest["tokenizer"]["sha256"])
         _expect(directory / "tokenizer.model", "vocabulary", tokenizer.vocab_size, manifest["vocab_size"])

@@ -42,7 +42,8 @@ class MQARSource:
             )
         if self.num_keys < self._num_pairs:
             raise ConfigError(
-                f"model.vocab_size = {vocab_size} gives {self.num_keys} keys for {self._num_pairs} pairs; raise it to {2 * self._num_pairs + 1}"
+                f"model.vocab_size = {vocab_size} gives {self.num_keys} keys for {self._num_pairs} pairs; "
+                f"raise it to {2 * self._num_pairs + 1}"
             )
         cause = ["hope-mqar/1", config.seed, split, self.seq_len, vocab_size, self._num_pairs, self._num_queries, self.num_samples]
         self.fingerprint = hashlib.sha256(json.dumps(cause).encode()).hexdigest()

@@ -21,6 +21,7 @@ from hope_pt.errors import DataError
 CHECK_AT_OPEN_BYTES = 256 << 20
 _LENGTH_BYTES = (1, 2, 4, 8)
 _COLUMNS = ["doc_starts", "tokens"]
+_CONTENT_KEYS = ("format", "tokenizer", "vocab_size", "dtype", "seq_len", "splits")  # what the fingerprint is taken of
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Manifest:
             raise DataError(f"{path} is not valid JSON ({error}); write the corpus again") from None
         if not isinstance(text, dict) or text.get("format") != "hope-data/1":
             raise DataError(f"{path} is not a hope-data/1 manifest; write the corpus again with this version's `hope-data tokenize`")
-        body = {k: v for k, v in text.items() if k != "fingerprint"}
+        body = {k: text.get(k) for k in _CONTENT_KEYS}
         found = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
         if found != text.get("fingerprint"):
             raise DataError(f"{path} was altered: fingerprint {text.get('fingerprint')}, its content says {found}; write the corpus again")
@@ -77,18 +78,11 @@ class ShardSource:
         self._records = counts["shards"]
         self._ends = np.cumsum([r["samples"] for r in self._records])
         self._open: list[_Shard | None] = [None] * len(self._records)
+        _check_hash(directory / text["tokenizer"]["file"], text["tokenizer"]["sha256"])
         self._check_files()
 
     def _check_files(self) -> None:
-        """Everything that is cheap to know at once: the tokenizer, presence and size of every shard; hashes of a small corpus."""
-        assert self.tokenizer_path is not None
-        try:
-            found = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise DataError(f"cannot read {self.tokenizer_path}: {error.strerror}; copy the whole corpus directory") from None
-        expected = Manifest.load(self._directory).text["tokenizer"]["sha256"]
-        if found != expected:
-            raise DataError(f"{self.tokenizer_path} has sha256 {found}, the manifest says {expected}; restore the file")
+        """Presence and size of every local shard, and the hashes of a small corpus: a damaged one fails before the first step."""
         if self._fetch is None:
             for record in self._records:
                 _check_size(self._path(record), record)
@@ -172,6 +166,15 @@ class _Shard:
 
     def close(self) -> None:
         self._map.close()
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; copy the whole corpus directory") from None
+    if found != expected:
+        raise DataError(f"{path} is damaged: sha256 {found}, the manifest says {expected}; restore the file")
 
 
 def _check_size(path: Path, record: dict[str, Any]) -> None:

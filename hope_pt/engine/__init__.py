@@ -7,7 +7,7 @@ how the adapter plugs in. The names below are loaded on first use: importing meg
 import importlib
 from typing import TYPE_CHECKING
 
-from hope_pt.engine.compat import prepare_import
+from hope_pt.engine.compat import prepare_import, quiet
 from hope_pt.engine.launch import Launch
 
 if TYPE_CHECKING:
@@ -24,4 +24,5 @@ prepare_import()
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    with quiet():
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -6,14 +6,18 @@ every difference between them that the engine meets, so that the rest of the pac
 * `check_megatron` refuses a version outside the tested range;
 * `prepare_import` makes 0.19 importable without triton (its mixture-of-experts kernels import it at the top of a file we never run);
 * `accepted` drops keyword arguments that a constructor of the installed version does not know;
+* `quiet` keeps megatron from announcing at import and construction what `capabilities` reports once;
 * `capabilities` says which optional accelerator packages are there, by the symbols that are used and not by package name: the package
   called `apex` on PyPI is a web framework.
 """
 
+import contextlib
 import importlib
 import inspect
+import logging
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -65,7 +69,7 @@ def has_symbol(module: str, symbol: str) -> bool:
 
 
 def capabilities() -> Capabilities:
-    """Probe the optional packages. ConfigError if `apex` is installed and is not NVIDIA's, because megatron-core tests for the name only."""
+    """Probe the optional packages. ConfigError if `apex` is installed and is not NVIDIA's: megatron-core would only see its name."""
     apex = has_symbol("apex.optimizers", "FusedAdam")
     if find_spec("apex") is not None and not apex:
         raise ConfigError("the installed package 'apex' is not NVIDIA's (no apex.optimizers.FusedAdam); remove it: pip uninstall apex")
@@ -96,3 +100,17 @@ def accepted(function: Callable, /, **kwargs: Any) -> dict[str, Any]:
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return kwargs
     return {name: value for name, value in kwargs.items() if name in parameters}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within it megatron's import-time and construction-time notices (missing accelerators, deprecations) are not shown; errors are."""
+    logger = logging.getLogger("megatron")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -51,7 +51,7 @@ def redirect() -> bool:
     substitute = _cpu_torch()
     changed = [name for name in REDIRECTED_MODULES if getattr(sys.modules.get(name), "torch", None) is torch]
     for name in changed:
-        sys.modules[name].torch = substitute
+        vars(sys.modules[name])["torch"] = substitute
     if changed:
         _LOG.info("no GPU: CPU shim active in %d megatron-core modules, collectives over gloo", len(changed))
     return bool(changed)
@@ -64,18 +64,23 @@ def is_redirected() -> bool:
 
 def _cpu_torch() -> ModuleType:
     """A module with the contents of torch, but factories that read device="cuda" as the CPU, and a `cuda` that has one CPU device."""
-    substitute = ModuleType("torch")
-    vars(substitute).update(vars(torch))
-    # torch loads some sub-modules on first use.
-    substitute.__getattr__ = functools.partial(getattr, torch)
-    for name in _FACTORIES:
-        setattr(substitute, name, _on_cpu(getattr(torch, name)))
-    cuda = ModuleType("torch.cuda")
-    vars(cuda).update(vars(torch.cuda))
-    cuda.current_device = lambda: "cpu"
-    cuda.synchronize = cuda.empty_cache = lambda *unused: None
-    substitute.cuda = cuda
+    substitute, cuda = ModuleType("torch"), ModuleType("torch.cuda")
+    vars(cuda).update(
+        vars(torch.cuda),
+        current_device=lambda: "cpu",
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        # Its result is only told to wait for CUDA-graph events and communication streams, which do not exist here.
+        current_stream=_nothing,
+    )
+    # torch loads some of its sub-modules on first use, through __getattr__.
+    vars(substitute).update(vars(torch), cuda=cuda, __getattr__=functools.partial(getattr, torch))
+    vars(substitute).update({name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
     return substitute
+
+
+def _nothing(*unused: Any) -> None:
+    return None
 
 
 def _on_cpu(factory):

@@ -43,7 +43,7 @@ class HopeNorm(RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **unused: Any):
         super().__init__(hidden_size, eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        vars(self.weight)["sequence_parallel"] = config.sequence_parallel
 
 
 class Column(ColumnParallelLinear):
@@ -72,7 +72,7 @@ class HopeLayer(MegatronModule, BaseTransformerLayer):
         self.block = HopeBlock(model, parts=_parts(config, model, pg_collection.tp))
 
     def forward(self, hidden_states: Tensor, attention_mask=None, *, packed_seq_params: Layout | None = None, **unused):
-        """x [T, B, D] -> (x [T, B, D], None). The token layout travels in megatron's argument for packed sequences."""
+        """Block output [T, B, D] and None. The token layout travels in megatron's argument for packed sequences."""
         x, _ = self.block(hidden_states, layout=packed_seq_params)
         return x, None
 
@@ -80,14 +80,14 @@ class HopeLayer(MegatronModule, BaseTransformerLayer):
 def _parts(config: TransformerConfig, model: ModelConfig, tp_group: torch.distributed.ProcessGroup) -> Parts:
     common = {"config": config, "init_method": None, "bias": False, "tp_group": tp_group}
 
-    def column(width_in: int, width_out: int) -> nn.Module:
-        layer = Column(width_in, width_out, gather_output=False, **common)
-        set_tensor_model_parallel_attributes(layer.weight, True, 0, 1)
-        return layer
-
     def row(width_in: int, width_out: int) -> nn.Module:
         layer = Row(width_in, width_out, input_is_parallel=True, skip_bias_add=False, **common)
-        set_tensor_model_parallel_attributes(layer.weight, True, 1, 1)
+        _tag_shard(layer.weight, dim=1)
+        return layer
+
+    def column(width_in: int, width_out: int) -> nn.Module:
+        layer = Column(width_in, width_out, gather_output=False, **common)
+        _tag_shard(layer.weight, dim=0)
         return layer
 
     return Parts(
@@ -97,6 +97,12 @@ def _parts(config: TransformerConfig, model: ModelConfig, tp_group: torch.distri
         num_heads=model.num_heads // tp_group.size(),
         time_first=True,
     )
+
+
+def _tag_shard(weight: Tensor, *, dim: int) -> None:
+    """Mark `weight` as one shard of a tensor-parallel matrix; 0.16 does so only where it draws initial values itself."""
+    if not hasattr(weight, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def transformer_config(model: ModelConfig, *, plan: Plan) -> TransformerConfig:
@@ -129,7 +135,7 @@ def build_model(model: ModelConfig, *, plan: Plan, seq_len: int) -> GPTModel:
     """The model of this rank on its device; its parameters are not initialised."""
     config = transformer_config(model, plan=plan)
     layer = ModuleSpec(module=HopeLayer, params={"model": model})
-    return GPTModel(
+    gpt = GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
             layer_specs=[layer] * (model.num_layers // plan.pipeline_parallel), layer_norm=HopeNorm
@@ -139,7 +145,14 @@ def build_model(model: ModelConfig, *, plan: Plan, seq_len: int) -> GPTModel:
         position_embedding_type="none",
         share_embeddings_and_output_weights=model.tie_embeddings,
         pg_collection=plan.groups.megatron,
-    ).to(plan.device)
+    )
+    _tag_shard(gpt.embedding.word_embeddings.weight, dim=0)
+    if not model.tie_embeddings:
+        _tag_shard(gpt.output_layer.weight, dim=0)
+    for layer in gpt.decoder.layers:
+        for parameter in layer.block.mixer.core.parameters():
+            _tag_shard(parameter, dim=0)
+    return gpt.to(plan.device)
 
 
 def canonical_name(name: str) -> str:

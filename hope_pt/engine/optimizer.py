@@ -2,7 +2,8 @@
 
     AdamW (torch) <- Clocked (per-group clocks) <- FP32Optimizer | Float16OptimizerWithFloat16Params (fp32 masters)
 
-The wrappers do what depends on the layout: gradients from the reduction buffers, which of them a rank counts in the norm, master weights. Gradients are clipped by the global norm of every step, over all parameters, before a slow group accumulates them: an interval
+The wrappers do what depends on the layout: gradients from the reduction buffers, which of them a rank counts in the norm, master
+weights. Gradients are clipped by the global norm of every step, over all parameters, before a slow group accumulates them: an interval
 is a sum of clipped gradients.
 """
 
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from torch import nn
 
 from hope_pt.config.schema import RunConfig
@@ -84,18 +87,22 @@ def step_optimizer(optimizer: MegatronOptimizer, *, lr: float, clip: float) -> t
 def clip_gradients(optimizer: MegatronOptimizer, *, clip: float) -> float:
     """Scale all gradients so that their global norm is at most `clip`; returns the norm before.
 
-    megatron says which gradients this rank counts (no duplicates over tensor-parallel ranks). Its own clipping waits for the device once
-    for every parameter where neither Transformer Engine nor apex is installed; this waits once.
+    A rank counts its shards, and replicated parameters on the first tensor-parallel rank only. megatron's own clipping waits for the
+    device once for every parameter where neither Transformer Engine nor apex is installed; this waits once.
     """
-    counted = optimizer.get_main_grads_for_grad_norm()
+    parameters = [parameter for parameter in optimizer.get_parameters() if parameter.grad is not None]
+    counted = [
+        parameter.grad
+        for parameter in parameters
+        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, optimizer.tp_group)
+    ]
     squares = torch.stack(torch._foreach_norm(counted)).square().sum()
     dist.all_reduce(squares, group=optimizer.grad_stats_parallel_group)
     norm = math.sqrt(float(squares))
     if math.isfinite(norm) and norm > clip:
-        grads = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
-        torch._foreach_mul_(grads, clip / norm)
+        torch._foreach_mul_([parameter.grad for parameter in parameters], clip / norm)
     return norm
 
 
 def _no_lazy_state(optimizer: Clocked, config: OptimizerConfig) -> None:
-    """megatron creates empty moments before it loads one of its own checkpoints; hope_pt.engine.state does not load through it."""
+    """Nothing: megatron creates empty moments before it loads one of its own checkpoints; hope_pt.engine.state does not load through it."""

@@ -6,6 +6,7 @@ the rest of the engine needs is in the frozen `Plan`: ranks, device, dtype and a
 """
 
 import datetime
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from hope_pt.engine.compat import Capabilities, accepted, capabilities
 from hope_pt.engine.launch import Launch
 from hope_pt.errors import ConfigError, ParallelError
 
+_LOG = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _UNSUPPORTED_AXES = {
     "tensor_parallel": "tensor parallelism",
@@ -58,12 +60,13 @@ class Plan:
     capabilities: Capabilities
 
 
-def start(config: RunConfig, *, launch: Launch = Launch()) -> Plan:
-    """Join the job: process groups, device, threads. Call `stop` at the end.
+def start(config: RunConfig, *, launch: Launch | None = None) -> Plan:
+    """Join the job: process groups, device, threads; without `launch` as its only process. Call `stop` at the end.
 
     ConfigError if the configuration does not fit the machine, ParallelError if the layout is impossible or this process has already
     started an engine.
     """
+    launch = launch or Launch()
     dp_size = check_layout(config, world_size=launch.world_size)
     device = _device(config, local_rank=launch.local_rank)
     if dist.is_initialized():
@@ -75,6 +78,9 @@ def start(config: RunConfig, *, launch: Launch = Launch()) -> Plan:
     _join(config, device, launch)
     _initialize_model_parallel(config)
     groups = _groups()
+    found = capabilities()
+    if launch.rank == 0:
+        _LOG.info("engine: %d x %s, %s", launch.world_size, device.type, found)
     return Plan(
         rank=launch.rank,
         world_size=launch.world_size,
@@ -87,7 +93,7 @@ def start(config: RunConfig, *, launch: Launch = Launch()) -> Plan:
         device=device,
         dtype=_DTYPES[config.engine.precision],
         groups=groups,
-        capabilities=capabilities(),
+        capabilities=found,
     )
 
 
@@ -133,23 +139,23 @@ def _device(config: RunConfig, *, local_rank: int) -> torch.device:
 
 
 def _join(config: RunConfig, device: torch.device, launch: Launch) -> None:
-    options = {"rank": launch.rank, "world_size": launch.world_size, "timeout": datetime.timedelta(seconds=config.engine.timeout_s)}
-    if launch.world_size == 1:
-        # One process needs no port.
-        options["store"] = dist.HashStore()
-    elif "://" in launch.master_addr:
-        options["init_method"] = launch.master_addr
-    else:
-        options["init_method"] = f"tcp://{launch.master_addr}:{launch.master_port}"
+    address = launch.master_addr if "://" in launch.master_addr else f"tcp://{launch.master_addr}:{launch.master_port}"
+    alone = launch.world_size == 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        options["device_id"] = device
     try:
-        dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo", **options)
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            # One process needs no port.
+            store=dist.HashStore() if alone else None,
+            init_method=None if alone else address,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=datetime.timedelta(seconds=config.engine.timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
     except dist.DistError as error:
-        raise ParallelError(
-            f"rank {launch.rank} of {launch.world_size} could not join at {launch.master_addr}:{launch.master_port}: {error}"
-        ) from error
+        raise ParallelError(f"rank {launch.rank} of {launch.world_size} could not join at {address}: {error}") from error
 
 
 def _initialize_model_parallel(config: RunConfig) -> None:

@@ -47,9 +47,7 @@ def save(parameters: Mapping[str, nn.Parameter], *, optimizer: Clocked) -> tuple
 
 
 @torch.no_grad()
-def load(
-    parameters: Mapping[str, nn.Parameter], *, optimizer: Clocked, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
-) -> None:
+def load(parameters: Mapping[str, nn.Parameter], *, optimizer: Clocked, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
     """The inverse of `save`, bit for bit. CheckpointError if a weight is missing, unknown or of another shape."""
     check(parameters, tensors=tensors)
     for name, parameter in parameters.items():

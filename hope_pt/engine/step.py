@@ -15,11 +15,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hope_pt.config.schema import RunConfig
 from hope_pt.engine import state
+from hope_pt.engine.compat import quiet
 from hope_pt.engine.model import build_model, named_parameters
 from hope_pt.engine.optimizer import build_optimizer, step_optimizer
 from hope_pt.engine.plan import Plan
@@ -39,8 +42,11 @@ class BatchLike(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: nats per counted token over the global batch, the same number on every rank. grad_norm: before clipping. lr: of this step.
-    skipped: the gradient was not finite and was dropped."""
+    """What one step reports.
+
+    loss: nats per counted token over the global batch, the same number on every rank. grad_norm: before clipping. lr: of this step.
+    skipped: the gradient was not finite and was dropped.
+    """
 
     loss: float
     grad_norm: float
@@ -65,9 +71,10 @@ class TrainEngine:
         self.config = config
         self.plan = plan
         self.num_steps_done = 0
-        self.model = _wrap(build_model(config.model, plan=plan, seq_len=config.data.seq_len), plan=plan)
-        self.parameters = named_parameters(self.model)
-        self.optimizer = build_optimizer(self.parameters, config=config, plan=plan)
+        with quiet():
+            self.model = _wrap(build_model(config.model, plan=plan, seq_len=config.data.seq_len), plan=plan)
+            self.parameters = named_parameters(self.model)
+            self.optimizer = build_optimizer(self.parameters, config=config, plan=plan)
         state.initialize(self.parameters, model=config.model, seed=config.train.seed)
 
     def step(self, batch: BatchLike) -> StepResult:
@@ -161,7 +168,7 @@ class TrainEngine:
 
 
 def _sum_loss(losses_BT: Tensor, *, mask_BT: Tensor, report_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """megatron's per-token convention: (sum of the loss, number of tokens, what the schedule returns of this micro-batch)."""
+    """Loss in megatron's per-token convention: (sum of the loss, number of tokens, what the schedule returns of this micro-batch)."""
     loss = (losses_BT * mask_BT).sum()
     count = mask_BT.sum()
     # In float64 the reported sum is the same in any order of ranks and micro-batches to the last printed digit.
@@ -169,12 +176,13 @@ def _sum_loss(losses_BT: Tensor, *, mask_BT: Tensor, report_tokens: bool) -> tup
     return loss, count.int(), report
 
 
-def _wrap(gpt: torch.nn.Module, *, plan: Plan) -> DistributedDataParallel:
-    """megatron's data-parallel wrapper: fp32 gradient buffers, one reduction a step."""
+def _wrap(gpt: GPTModel, *, plan: Plan) -> DistributedDataParallel:
+    """The model in megatron's data-parallel wrapper: fp32 gradient buffers, one reduction a step."""
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False)
     model = DistributedDataParallel(gpt.config, settings, gpt, pg_collection=plan.groups.megatron)
-    gpt.config.no_sync_func = model.no_sync
-    gpt.config.finalize_model_grads_func = finalize_model_grads
+    config: TransformerConfig = gpt.config
+    config.no_sync_func = model.no_sync
+    config.finalize_model_grads_func = finalize_model_grads
     return model
 
 

@@ -5,8 +5,8 @@ and is frozen between: no update, no weight decay, no moment. Calls count from 1
 whose `.grad` is None (a step that was skipped for a non-finite gradient) contributes nothing while the clock goes on.
 
 `Clocked` stands around any torch optimizer and has its interface. megatron-core's wrappers take it as their inner optimizer: they read
-and replace parameters in `param_groups`, which is the inner optimizer's own list, set `.grad`, and call `step`. The accumulated gradients are
-optimizer state: they live in `state_dict` beside the moments, one "accumulated" tensor per parameter of a slow group.
+and replace parameters in `param_groups`, which is the inner optimizer's own list, set `.grad`, and call `step`. The accumulated
+gradients are optimizer state: they live in `state_dict` beside the moments, one "accumulated" tensor per parameter of a slow group.
 """
 
 from typing import Any

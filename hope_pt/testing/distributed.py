@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def _worker(func: Callable[..., Any], launch: Launch, args: tuple, writer: Conne
     writer.close()
 
 
-def _collect(readers: list[Connection], *, timeout_s: float) -> list[Any]:
+def _collect(readers: Sequence[Connection], *, timeout_s: float) -> list[Any]:
     deadline = time.monotonic() + timeout_s
     results: dict[int, Any] = {}
     while len(results) < len(readers):
@@ -77,10 +77,10 @@ def _collect(readers: list[Connection], *, timeout_s: float) -> list[Any]:
         if not ready:
             late = [rank for rank in range(len(readers)) if rank not in results]
             raise ParallelError(f"ranks {late} of {len(readers)} were still running after {timeout_s} s; killed")
-        for reader in ready:
-            rank = readers.index(reader)
+        for rank in (rank for rank, reader in enumerate(readers) if reader in ready):
             try:
-                succeeded, value = pickle.loads(reader.recv_bytes())
+                # Written by _worker of this call, in a pipe that nobody else holds.
+                succeeded, value = pickle.loads(readers[rank].recv_bytes())  # noqa: S301
             except EOFError:
                 raise ParallelError(f"rank {rank} of {len(readers)} died without a result (killed, or crashed in native code)") from None
             if not succeeded:

@@ -12,17 +12,24 @@ MCORE019 := .megatron-0.19
 # A machine whose own Python already drives a GPU keeps its torch; everywhere else the pinned torch goes in first, because later
 # packages would pull another one. TORCH_ARGS passes pip options, for example an index of CPU-only wheels.
 TORCH_ARGS ?=
-SYSTEM_TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && $(PYTHON) -c 'import torch; print("yes" if torch.cuda.is_available() else "")' 2>/dev/null)
+ifndef SYSTEM_TORCH
+SYSTEM_TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && $(PYTHON) -c 'import torch; print("yes" if torch.cuda.is_available() else "")' 2>/dev/null)
+endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 $(VENV)/constraints.txt: constraints.txt
-	$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV)
-	@$(if $(SYSTEM_TORCH),echo "using the torch of $(PYTHON), which sees a GPU",echo "installing the pinned torch")
-	$(if $(SYSTEM_TORCH),grep -vE '^(torch|triton|numpy)==' constraints.txt > $@,cp constraints.txt $@)
-	$(if $(SYSTEM_TORCH),,$(PIP) $(TORCH_ARGS) torch)
+ifeq ($(SYSTEM_TORCH),yes)
+	@echo "using the torch of $(PYTHON): it sees a GPU"
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	grep -vE '^(torch|triton|numpy)==' constraints.txt > $@
+else
+	$(PYTHON) -m venv $(VENV)
+	cp constraints.txt $@
+	$(PIP) $(TORCH_ARGS) torch
+endif
 
 $(VENV)/.stamp-base: $(VENV)/constraints.txt pyproject.toml
 	$(PIP) -e .

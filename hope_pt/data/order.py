@@ -35,16 +35,16 @@ class SampleOrder:
             raise ValueError("sample positions start at 0")
         epochs, offsets = np.divmod(positions, self._num_samples)
         indices = np.empty_like(positions)
-        for epoch in np.unique(epochs):
+        for epoch in _distinct(epochs):
             here = epochs == epoch
-            indices[here] = self._within(int(epoch), offsets[here])
+            indices[here] = self._within(epoch, offsets[here])
         return indices
 
     def _within(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
         blocks, begins = self._remember(f"{epoch}", self._block_order)
         turns = np.searchsorted(begins, offsets, side="right") - 1
         indices = np.empty_like(offsets)
-        for turn in np.unique(turns):
+        for turn in _distinct(turns):
             here = turns == turn
             block = int(blocks[turn])
             (inside,) = self._remember(f"{epoch}|{block}", self._sample_order)
@@ -74,6 +74,13 @@ class SampleOrder:
         digest = hashlib.sha256(f"{self._name}|{name}".encode()).digest()
         raw = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(size)
         return np.argsort(raw, kind="stable")
+
+
+def _distinct(values: np.ndarray) -> list[int]:
+    """The distinct values; quick when there is but one, which is the rule within a batch."""
+    if values.size and (values == values[0]).all():
+        return [int(values[0])]
+    return np.unique(values).tolist()
 
 
 def sample_order(positions: np.ndarray, *, num_samples: int, seed: int, fingerprint: str, shuffle_block: int) -> np.ndarray:

@@ -112,9 +112,10 @@ class ShardSource:
         shards = np.searchsorted(self._ends, indices, side="right")
         ids = np.empty((indices.size, self.seq_len + 1), self._dtype)
         starts = np.zeros((indices.size, self.seq_len), np.bool_)
-        for row, (k, index) in enumerate(zip(shards.tolist(), indices.tolist(), strict=True)):
+        for k in np.unique(shards).tolist():
             shard = self._open[k] or self._shard(k)
-            shard.copy_sample(index - int(self._ends[k] - self._records[k]["samples"]), ids[row], starts[row])
+            rows = np.flatnonzero(shards == k)
+            shard.copy_samples(indices[rows] - int(self._ends[k] - self._records[k]["samples"]), rows, ids, starts)
         return Rows(ids, starts)
 
     def close(self) -> None:
@@ -142,8 +143,14 @@ class _Shard:
             raise DataError(f"shard {path} is damaged: sha256 {found}, the manifest says {record['sha256']}; restore the file")
         self._path, self._dtype, self._length = path, dtype, seq_len + 1
         count = int.from_bytes(self._map[:4], "little")
-        self._offsets: list[int] = np.frombuffer(self._map, "<u4", count + 1, 4).tolist()
-        self._check_columns(json.loads(self._map[8 + 4 * count : self._offsets[0]]))
+        offsets = np.frombuffer(self._map, "<u4", count + 1, 4).astype(np.int64)
+        self._check_columns(json.loads(self._map[8 + 4 * count : int(offsets[0])]))
+        row_bytes = self._length * self._dtype.itemsize
+        self._firsts = offsets[1:] - row_bytes
+        # row i of this view is the row_bytes bytes from byte i on: gathering rows of it is one memcpy a sample
+        self._windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(self._map, np.uint8), row_bytes)
+        self._starts = [self._read_starts(begin) for begin in offsets[:-1].tolist()]
+        self._with_starts = np.array([places.size > 0 for places in self._starts])
 
     def _check_columns(self, config: dict[str, Any]) -> None:
         encodings = config["column_encodings"]
@@ -153,18 +160,21 @@ class _Shard:
                 f"['ndarray:uint32', 'ndarray:{self._dtype.name}']"
             )
 
-    def copy_sample(self, index: int, ids: np.ndarray, starts: np.ndarray) -> None:
-        """Copy sample `index` of the shard into ids [seq_len + 1] and set starts [seq_len] (zeroed by the caller)."""
-        begin, end = self._offsets[index], self._offsets[index + 1]
-        ids[:] = np.frombuffer(self._map, self._dtype, self._length, end - self._length * self._dtype.itemsize)
-        # head of doc_starts: two sizes of 4 bytes, then the array's code byte and its length of 1, 2, 4 or 8 bytes
+    def _read_starts(self, begin: int) -> np.ndarray:
+        """Document starts among the inputs of the sample at byte `begin`: two sizes of 4 bytes, then the array's code, length, values."""
         size = _LENGTH_BYTES[self._map[begin + 8] & 3]
         count = int.from_bytes(self._map[begin + 9 : begin + 9 + size], "little")
-        if count > 1:
-            places = np.frombuffer(self._map, "<u4", count, begin + 9 + size)
-            starts[places[places < self._length - 1]] = True
+        places = np.frombuffer(self._map, "<u4", count, begin + 9 + size)
+        return places[places < self._length - 1]
+
+    def copy_samples(self, indices: np.ndarray, rows: np.ndarray, ids: np.ndarray, starts: np.ndarray) -> None:
+        """Copy samples `indices` [n] of the shard into ids[rows] [n, seq_len + 1] and set starts[rows] [n, seq_len], zero before."""
+        ids[rows] = self._windows[self._firsts[indices]].view(self._dtype)
+        for n in np.flatnonzero(self._with_starts[indices]).tolist():
+            starts[rows[n], self._starts[indices[n]]] = True
 
     def close(self) -> None:
+        del self._windows  # a view of the map, which cannot be closed while one is left
         self._map.close()
 
 

@@ -1,0 +1,111 @@
+"""The loader: the same global batches for any ranks, workers and resume point; a lost worker is an error, not a hang."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hope_pt.config.schema import DataConfig
+from hope_pt.data import Loader, open_source
+from hope_pt.errors import ConfigError, DataError
+
+SEQ_LEN = 64
+
+
+def setup(corpus, **extra):
+    config = DataConfig(path=str(corpus), seq_len=SEQ_LEN, shuffle_block=100, seed=3, **extra)
+    return open_source(config, split="train"), config
+
+
+def take(loader, steps):
+    with loader:
+        return [next(loader) for _ in range(steps)]
+
+
+def same(a, b):
+    return all(torch.equal(getattr(a, k), getattr(b, k)) for k in vars(a))
+
+
+def merge(parts):
+    """Global batch of the ranks' parts: rank r holds the rows g with g % ranks == r."""
+    return torch.stack([p.tokens_BT for p in parts], dim=1).flatten(0, 1)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(dp_size=st.sampled_from([1, 2, 4]), per_rank=st.integers(1, 3), start=st.integers(0, 5000), done=st.integers(0, 4))
+def test_global_batches_do_not_depend_on_ranks_or_resume(corpus, dp_size, per_rank, start, done):
+    source, config = setup(corpus)
+    size = dp_size * per_rank
+    whole = take(Loader(source, config=config, global_batch_size=size, start_sample=start), done + 3)[done:]
+    begin = start + done * size
+    ranks = [
+        take(Loader(source, config=config, global_batch_size=size, dp_rank=r, dp_size=dp_size, start_sample=begin), 3)
+        for r in range(dp_size)
+    ]
+    for step in range(3):
+        assert torch.equal(merge([r[step] for r in ranks]), whole[step].tokens_BT)
+
+
+@pytest.mark.parametrize("dp_size, start", [(1, 0), (2, 37)])
+def test_workers_give_the_same_batches(corpus, dp_size, start):
+    source, config = setup(corpus)
+    _, threaded = setup(corpus, num_workers=2)
+    for rank in range(dp_size):
+        place = {"global_batch_size": 8, "dp_rank": rank, "dp_size": dp_size, "start_sample": start}
+        alone = take(Loader(source, config=config, **place), 7)
+        helped = take(Loader(source, config=threaded, **place), 7)
+        assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_two_epochs_hold_every_sample_twice_and_consumed_counts(corpus):
+    source, config = setup(corpus)
+    loader = Loader(source, config=config, global_batch_size=source.num_samples)
+    first, second = next(loader), next(loader)
+    assert loader.consumed == 2 * source.num_samples
+    assert not torch.equal(first.tokens_BT, second.tokens_BT)
+    assert sorted(first.tokens_BT.tolist()) == sorted(second.tokens_BT.tolist())
+
+
+def test_indivisible_batch_is_refused(corpus):
+    source, config = setup(corpus)
+    with pytest.raises(ConfigError, match="global_batch_size = 9 is not a multiple of the data-parallel degree 2"):
+        Loader(source, config=config, global_batch_size=9, dp_size=2)
+
+
+@pytest.mark.timeout(30)
+def test_killed_worker_is_named(corpus):
+    source, config = setup(corpus, num_workers=2)
+    with Loader(source, config=config, global_batch_size=4) as loader:
+        next(loader)
+        victim = loader._pool._processes[1]
+        os.kill(victim.pid, signal.SIGKILL)
+        with pytest.raises(DataError, match=rf"data worker 1 \(pid {victim.pid}\) died with exit code -9"):
+            for _ in range(8):
+                next(loader)
+
+
+@pytest.mark.timeout(30)
+def test_error_in_a_worker_arrives_as_it_is(damaged, monkeypatch):
+    monkeypatch.setattr("hope_pt.data.shards.CHECK_AT_OPEN_BYTES", 0)
+    source, config = setup(damaged, num_workers=1)
+    for shard in (damaged / "train").glob("*.mds"):
+        shard.write_bytes(b"\0" * shard.stat().st_size)
+    with Loader(source, config=config, global_batch_size=4) as loader, pytest.raises(DataError, match=r"data worker 0: shard .* is damaged"):
+        next(loader)
+
+
+@pytest.mark.timeout(30)
+def test_closed_loader_leaves_no_process(corpus):
+    source, config = setup(corpus, num_workers=2)
+    loader = Loader(source, config=config, global_batch_size=4)
+    processes = loader._pool._processes
+    next(loader)
+    loader.close()
+    deadline = time.monotonic() + 5
+    while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(p.is_alive() for p in processes)

@@ -1,0 +1,93 @@
+"""Samples per second of the local shard reader and loader at 2,048 tokens, in one process. Writes tools/bench/results/loader.json.
+
+The shards are the embedded corpus, repeated, tokenised and cut by `hope_data`. Timed after one pass that maps and hashes the shards:
+`Source.read_rows` (ids as stored), `Source.read` and `Loader` (int64 tensors, in shuffled order), batches of 8 and 64. Each figure is
+the best of three rounds; the sample count is the one the caller receives. Goal: Loader >= 50,000 samples/s.
+
+    python tools/bench/loader.py [--workers N]
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import environment, write_results
+from hope_data.corpus_build import BuildOptions, build
+from hope_data.documents import Input, ReadOptions
+from hope_data.embedded import tiny_corpus
+from hope_data.parts import HoldOut
+
+from hope_pt.config.schema import DataConfig
+from hope_pt.data import Loader, Source, open_source
+
+SEQ_LEN = 2048
+REPEATS = 24
+GOAL = 50_000
+
+
+def build_corpus(directory: Path) -> Path:
+    """Some 8,000 samples of real text, repeated; the path of the corpus."""
+    with tiny_corpus() as (inputs, sources):
+        text = [p for i in inputs for p in Path(i.path).read_text("ascii").split("\n\f\n")]
+        path = directory / "text.jsonl"
+        path.write_text("".join(json.dumps({"text": t, "id": f"{r}-{n}"}) + "\n" for r in range(REPEATS) for n, t in enumerate(text)))
+        options = BuildOptions(seq_len=SEQ_LEN, read=ReadOptions(), holdout=HoldOut("hash", 0), vocab_size=1024, train_bytes=1 << 20)
+        build([Input(str(path), path.name)], sources=sources[:1], out=directory / "corpus", options=options, workers=1)
+    return directory / "corpus"
+
+
+def rate(batches: Callable[[], Any], *, samples: int) -> float:
+    """Samples per second, best of three rounds of the iterable that `batches` gives, which holds `samples` samples."""
+    best = 0.0
+    for _ in range(3):
+        iterable = batches()
+        start = time.perf_counter()
+        for _batch in iterable:
+            pass
+        best = max(best, samples / (time.perf_counter() - start))
+    return round(best)
+
+
+def measure(source: Source, config: DataConfig, *, batch: int) -> dict[str, float]:
+    """Figures of one batch size."""
+    steps = source.num_samples // batch
+    order = np.random.default_rng(0).permutation(source.num_samples)[: steps * batch].reshape(steps, batch)
+    loader = Loader(source, config=config, global_batch_size=batch)
+    result = {
+        "read_rows": rate(lambda: map(source.read_rows, order), samples=steps * batch),
+        "read": rate(lambda: map(source.read, order), samples=steps * batch),
+        "loader": rate(lambda: itertools.islice(loader, steps), samples=steps * batch),
+    }
+    loader.close()
+    return result
+
+
+def main() -> None:
+    """Build, measure, write."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workers", type=int, default=0)
+    args = parser.parse_args()
+    results: dict[str, Any] = {"environment": environment(), "seq_len": SEQ_LEN, "workers": args.workers, "goal": GOAL}
+    with tempfile.TemporaryDirectory() as temporary:
+        path = build_corpus(Path(temporary))
+        config = DataConfig(path=str(path), seq_len=SEQ_LEN, num_workers=args.workers)
+        start = time.perf_counter()
+        source = open_source(config, split="train")
+        results["open_and_hash_seconds"] = round(time.perf_counter() - start, 3)
+        results["corpus_bytes"] = sum(p.stat().st_size for p in path.rglob("*.mds"))
+        results["samples"] = source.num_samples
+        for batch in (8, 64):
+            results[f"samples_per_second_batch_{batch}"] = measure(source, config, batch=batch)
+        source.close()
+    print(json.dumps(results, indent=1))
+    print(write_results("loader", results))
+
+
+if __name__ == "__main__":
+    main()

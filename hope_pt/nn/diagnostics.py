@@ -1,8 +1,8 @@
 """What the memories do on a given text: learning rate, retention, surprise, norm and drift, per layer (no gradient, no state kept)."""
 
 import torch
-
 from hope_kernels.memory import surprise
+
 from hope_pt.nn.lm import HopeLM
 from hope_pt.nn.titans import TitansCore
 

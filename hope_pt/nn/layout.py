@@ -15,7 +15,7 @@ import torch
 class Layout:
     """Index tables of one call, shared by all layers.
 
-    mask_BT: real tokens. document_BT: 0 for the continued document. position_BT: position in the document. seen_B: tokens of the last
+    mask_BT: real tokens; padded: some are not. document_BT: 0 for the continued document. position_BT: position in the document. seen_B: tokens of the last
     document after this call. slot_BT: grid slot (0 at padding). source_BG: 0 = empty slot, 1..chunk = place in the open part of the
     state, then 1 + chunk + token. tail_BW, taps_BTW: convolution sources, 0 = zero, 1..W-1 = the state's tail, then W + token.
     open_BC: slots of the last document's open chunk (0 where there is none) and open_count_B their number. commit, reset: per chunk of
@@ -25,6 +25,7 @@ class Layout:
     chunk_proj: int
     chunk_mem: int
     first_mem: int
+    padded: bool
     mask_BT: torch.Tensor
     document_BT: torch.Tensor
     position_BT: torch.Tensor
@@ -61,7 +62,8 @@ class Layout:
 def take(x_BNX: torch.Tensor, index_BM: torch.Tensor) -> torch.Tensor:
     """x[b, index[b, m]]: [B, N, ...] and [B, M...] -> [B, M..., ...]."""
     rows = torch.arange(x_BNX.shape[0], device=x_BNX.device).view(-1, *(1,) * (index_BM.dim() - 1))
-    return x_BNX[rows, index_BM]
+    flat = x_BNX.flatten(0, 1).index_select(0, (index_BM + rows * x_BNX.shape[1]).flatten())  # its backward adds whole rows
+    return flat.view(*index_BM.shape, *x_BNX.shape[2:])
 
 
 def build_layout(
@@ -92,6 +94,7 @@ def build_layout(
         chunk_proj=chunk_proj,
         chunk_mem=chunk_mem,
         first_mem=int((seen % chunk_proj // chunk_mem).min()),
+        padded=padded,
         mask_BT=mask,
         document_BT=docs.document,
         position_BT=docs.position,

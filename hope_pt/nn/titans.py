@@ -9,12 +9,12 @@ Legend: B batch, T tokens, G grid slots, H heads, S stacked memories, K head wid
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from hope_kernels.backend import choose
 from hope_kernels.memory_scan import BACKENDS, memory_scan
 from hope_kernels.projection_scan import Generated, Inputs, Readout, projection_scan
 from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
+from torch import nn
+
 from hope_pt.config.schema import ModelConfig, TitansConfig
 from hope_pt.nn.layout import Layout, take
 from hope_pt.nn.parts import rms_norm
@@ -207,10 +207,15 @@ def causal_conv(
     """
     batch, length, heads, width = x_BTHX.shape
     taps = weight_HXW.shape[-1]
-    if layout is None:
-        pool = F.pad(x_BTHX, (0, 0, 0, 0, taps - 1, 0))
-        return sum(pool[:, tap : tap + length] * weight_HXW[..., tap] for tap in range(taps)), None
     before = x_BTHX.new_zeros(batch, taps, heads, width) if tail is None else F.pad(tail, (0, 0, 0, 0, 1, 0))
     pool = torch.cat([before, x_BTHX], 1)
-    y = torch.einsum("btwhx,hxw->bthx", take(pool, layout.taps_BTW), weight_HXW)
-    return y, take(pool, layout.tail_BW)
+    if layout is not None and layout.padded:
+        y = torch.einsum("btwhx,hxw->bthx", take(pool, layout.taps_BTW), weight_HXW)
+        return y, take(pool, layout.tail_BW)
+    y = x_BTHX * weight_HXW[..., -1]
+    for back in range(1, taps):
+        earlier = pool[:, taps - back : taps - back + length] * weight_HXW[..., -1 - back]
+        if layout is not None:  # a tap that would reach into another document has source 0
+            earlier = earlier * (layout.taps_BTW[..., -1 - back] != 0).to(y.dtype)[..., None, None]
+        y = y + earlier
+    return y, None if layout is None else take(pool, layout.tail_BW)

@@ -53,13 +53,13 @@ def context_length(doc_start_BT: Tensor) -> Tensor:
 
 
 def by_context(loss_N: Tensor, context_N: Tensor, *, name: str = "") -> dict[str, float]:
-    """Mean loss where the context has 1, 2-3, 4-7, 8-15, ... tokens: `eval/{name}loss_at_context/0008-0015`, empty ranges left out.
+    """Mean loss where the context has 1, 2, 3-4, 5-8, 9-16, ... tokens: `eval/{name}loss_at_context/0009-0016`, empty ranges left out.
 
     A static network with a causal convolution stops falling at the convolution's reach; a working memory or attention does not.
     """
-    bucket_N = torch.log2(context_N.double()).floor().long()
+    bucket_N = torch.log2(context_N.double()).ceil().long()
     result = {}
     for bucket in bucket_N.unique().tolist():
-        low, high = 2**bucket, 2 ** (bucket + 1) - 1
+        low, high = 2**bucket // 2 + 1, 2**bucket
         result[f"eval/{name}loss_at_context/{low:04d}-{high:04d}"] = loss_N[bucket_N == bucket].mean().item()
     return result

@@ -121,9 +121,9 @@ def baselines(
 ) -> dict[str, float]:
     """`eval/unigram_*` and `eval/trigram_*`: loss and bits per byte on the held-out sequences that `heldout` uses."""
     result: dict[str, float] = {}
-    models = {"unigram_": Unigram.fit(train, max_samples=max_samples), "trigram_": Trigram.fit(train, max_samples=max_samples)}
-    for name, model in models.items():
-        result |= heldout(model.losses, source, sequences=sequences, batch_size=batch_size, name=name, by_position=False)
+    unigram, trigram = Unigram.fit(train, max_samples=max_samples), Trigram.fit(train, max_samples=max_samples)
+    for name, losses in (("unigram_", unigram.losses), ("trigram_", trigram.losses)):
+        result |= heldout(losses, source, sequences=sequences, batch_size=batch_size, name=name, by_position=False)
     return result
 
 

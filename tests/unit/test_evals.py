@@ -2,17 +2,21 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from hope_pt.config import load
+from hope_pt.data import open_source
 from hope_pt.errors import EvalError
-from hope_pt.evals import Trigram, Unigram, baselines, bits_per_byte, heldout, lm_losses, recall
+from hope_pt.evals import Trigram, Unigram, baselines, bits_per_byte, evaluate, heldout, lm_losses, recall
 from hope_pt.evals.language import context_length
-from hope_pt.evals.passkey import build, score
+from hope_pt.evals.passkey import _score_batch, build, score
 from hope_pt.evals.scoring import batches, evaluating
+from hope_pt.nn import HopeLM
 
 VOCAB = 128
 
@@ -127,7 +131,7 @@ def test_loss_by_context_has_one_key_for_each_doubling():
 
     result = heldout(losses, source, sequences=1)
     ranges = {key.rpartition("/")[2]: value for key, value in result.items() if "at_context" in key}
-    assert ranges == {"0001-0001": 1.0, "0002-0003": 2.5, "0004-0007": 5.5, "0008-0015": 11.5, "0016-0031": 16.0}
+    assert ranges == {"0001-0001": 1.0, "0002-0002": 2.0, "0003-0004": 3.5, "0005-0008": 6.5, "0009-0016": 12.5}
 
 
 def test_batches_are_spread_over_the_source_and_repeatable():
@@ -275,3 +279,35 @@ def test_mode_comes_back_after_an_error():
         assert not lm.training
         raise RuntimeError
     assert lm.training
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.mark.parametrize("mixer", ["titans", "attention"])
+def test_real_models_probe_like_one_pass(mixer):
+    """The prompt's state, copied for every candidate, must give the log-probabilities of reading prompt and candidate in one call."""
+    config = load(CONFIGS / "mqar_hope.toml", [f"model.mixer={mixer}", "model.vocab_size=128"])
+    lm = HopeLM(config.model)
+    probe = build(text_source(), encode, samples=4, context=163)
+    logprob_SA = torch.cat([_score_batch(lm, probe, rows=slice(start, start + 3))[0] for start in (0, 3)])
+    with evaluating(lm):
+        for sample in range(4):
+            for candidate, ids in enumerate(probe.candidates_SAL[sample]):
+                text = torch.cat([probe.prompt_ST[sample], ids])
+                logits = lm(text[None])[0][0].log_softmax(-1)
+                expected = logits[162:-1].gather(-1, ids[:, None]).sum()
+                torch.testing.assert_close(logprob_SA[sample, candidate], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fresh_model_starts_at_log_vocabulary_and_at_chance():
+    config = load(CONFIGS / "mqar_hope.toml", ["eval.sequences=64"])
+    source = open_source(config.data, split="heldout", vocab_size=config.model.vocab_size)
+    lm = HopeLM(config.model)
+    first, second = evaluate(lm, source, config=config), evaluate(lm, source, config=config)
+    assert first == second
+    assert first["eval/loss"] == pytest.approx(math.log(64), rel=0.05)
+    assert first["eval/recall_loss"] == pytest.approx(first["eval/loss"])
+    assert first["eval/recall_accuracy"] < 0.2
+    assert first["eval/recall_chance"] == pytest.approx(1 / 32)
+    assert first["eval/recall_queries"] == 64 * 4

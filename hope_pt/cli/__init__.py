@@ -1,0 +1,105 @@
+"""The `hope` command: `train`, `eval`, `generate`, `report`, `summary`, `config`.
+
+This file parses arguments and turns exceptions into exit codes; each command is a module that is imported when it runs, so that
+`hope --help` answers at once. Exit codes: 0 done; 2 the user's error, one line on standard error; 1 our bug, with its traceback;
+93 do not restart (the run diverged); 130 interrupted from the keyboard.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from hope_pt.errors import EXIT_DO_NOT_RESTART, EXIT_USER_ERROR, DivergenceError, HopeError
+
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command with `argv` (the process's arguments by default) and returns its exit code."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[StderrHandler()], force=True)
+    logging.getLogger("hope_pt").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+    command = importlib.import_module(f"hope_pt.cli.{arguments.module}")
+    try:
+        command.run(arguments)
+        sys.stdout.flush()
+    except HopeError as error:
+        print("hope: " + " ".join(str(error).split()), file=sys.stderr)
+        return EXIT_DO_NOT_RESTART if isinstance(error, DivergenceError) else EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("hope: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`hope report ... | head`); what python would still flush has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+class StderrHandler(logging.Handler):
+    """Writes to whatever `sys.stderr` is at that moment, so that lines appear above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line."""
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(prefix + record.getMessage(), file=sys.stderr)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their arguments; nothing is imported but argparse."""
+    root = argparse.ArgumentParser(prog="hope", description="Pretrain, evaluate and run HOPE models.", allow_abbrev=False)
+    root.add_argument("-v", "--verbose", action="store_true", help="also log what is usually not worth a line")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a configuration, or continue the run of that name")
+    train.add_argument("config", metavar="CONFIG", help="TOML file")
+    train.add_argument("overrides", metavar="key=value", nargs="*", help="for example optim.lr=3e-4 name=try2")
+    train.set_defaults(module="train")
+
+    evaluate = commands.add_parser("eval", help="evaluate the newest checkpoint of a run on its held-out data")
+    evaluate.add_argument("run", metavar="RUN", help="run directory")
+    evaluate.add_argument("--step", type=int, help="this checkpoint instead of the newest")
+    evaluate.add_argument("--data", metavar="DIR", help="another directory of shards, same tokenizer")
+    evaluate.add_argument("--sequences", type=int, help="held-out sequences (default: eval.sequences)")
+    evaluate.set_defaults(module="evaluate")
+
+    _add_generate(commands)
+
+    report = commands.add_parser("report", help="write RUN/report.html: curves, evaluations, memory heat maps, samples")
+    report.add_argument("run", metavar="RUN", help="run directory")
+    report.add_argument("others", metavar="RUN_OR_FILE", nargs="*", help="runs, or stored curves (CSV, JSON), to compare with")
+    report.add_argument("--compare", metavar="RUN_OR_FILE", nargs="+", default=[], help="the same")
+    report.add_argument("--out", metavar="FILE", help="write the page here instead")
+    report.set_defaults(module="report")
+
+    summary = commands.add_parser("summary", help="parameters by class, FLOPs per token, state bytes, optimizer groups")
+    summary.add_argument("config", metavar="CONFIG", help="TOML file")
+    summary.add_argument("overrides", metavar="key=value", nargs="*")
+    summary.set_defaults(module="summary")
+
+    config = commands.add_parser("config", help="show or compare resolved configurations")
+    actions = config.add_subparsers(required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="the resolved configuration as TOML")
+    show.add_argument("config", metavar="CONFIG")
+    show.add_argument("overrides", metavar="key=value", nargs="*")
+    show.set_defaults(module="config", action="show")
+    diff = actions.add_parser("diff", help="one line for each key that differs")
+    diff.add_argument("config", metavar="A")
+    diff.add_argument("other", metavar="B")
+    diff.set_defaults(module="config", action="diff")
+    return root
+
+
+def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    generate = commands.add_parser("generate", help="continue a prompt, token by token, with a state of constant size")
+    generate.add_argument("run", metavar="RUN", help="run directory")
+    generate.add_argument("--prompt", default="", help="text to continue")
+    generate.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens to generate (default 100)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
+    generate.add_argument("--step", type=int, help="this checkpoint instead of the newest")
+    generate.add_argument("--save-memory", metavar="FILE", help="write the model's memory after the last token here")
+    generate.add_argument("--load-memory", metavar="FILE", help="begin with the memory that --save-memory wrote")
+    generate.set_defaults(module="generate")

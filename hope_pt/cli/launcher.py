@@ -1,0 +1,43 @@
+"""Where this process stands in its job, from the variables that torchrun or srun set; the only reader of the environment."""
+
+import os
+from collections.abc import Mapping
+
+from hope_pt.engine.launch import Launch
+from hope_pt.errors import ConfigError, ParallelError
+
+
+def launch_from_environment(environment: Mapping[str, str] | None = None) -> Launch:
+    """`Launch` from RANK, WORLD_SIZE, LOCAL_RANK (torchrun) or SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID (inside srun).
+
+    With several processes MASTER_ADDR and MASTER_PORT must be set: there is no fallback, because a wrong guess hangs. A shell that
+    merely belongs to a Slurm job is one process. Raises ConfigError or ParallelError naming the variable.
+    """
+    environment = os.environ if environment is None else environment
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_STEP_ID" in environment:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    else:
+        return Launch()
+    rank, world_size, local_rank = (_number(environment, name) for name in names)
+    if not 0 <= rank < world_size:
+        raise ParallelError(f"{names[0]} = {rank} is not below {names[1]} = {world_size}; start every process with the same launcher")
+    if world_size == 1:
+        return Launch()
+    if not environment.get("MASTER_ADDR"):
+        raise ConfigError(f"{names[1]} = {world_size} but MASTER_ADDR is not set; set it to the host name of the first process")
+    return Launch(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        master_addr=environment["MASTER_ADDR"],
+        master_port=_number(environment, "MASTER_PORT"),
+    )
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    if not text.isdigit():
+        raise ConfigError(f"{name} = {text!r}: expected a number; start with torchrun or srun, or unset RANK and WORLD_SIZE")
+    return int(text)

@@ -1,0 +1,18 @@
+"""`hope train CONFIG [key=value ...]`."""
+
+import argparse
+
+from hope_pt import config
+from hope_pt.cli.launcher import launch_from_environment
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains to the last step, or continues to it, and says where the results lie."""
+    settings = config.load(arguments.config, arguments.overrides)
+    launch = launch_from_environment()
+    # After the configuration has been read: torch and megatron take seconds to import, an error in a key should not.
+    from hope_pt import train
+
+    result = train.run(settings, launch=launch)
+    if launch.rank == 0:
+        print(f"{result.path}: {result.steps} steps; next: hope report {result.path}")

@@ -1,0 +1,8 @@
+"""Training: `run` takes a configuration to a finished run directory, and continues one that was stopped (DESIGN section 4).
+
+Read in this order: `loop` (one screen), `session` (what is opened and closed around it), `state` (what a checkpoint holds), `hooks`.
+"""
+
+from hope_pt.train.session import RunResult, run
+
+__all__ = ["RunResult", "run"]

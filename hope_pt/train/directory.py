@@ -1,0 +1,96 @@
+"""The directory of a run: `config.toml`, `code.txt`, `metrics.jsonl`, `checkpoints/`, `logs/rank-N.log`, `status.json`, `lock`.
+
+Only the first rank writes outside `logs/`, and only while it holds the lock.
+"""
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hope_pt.checkpoint.files import replace_text
+from hope_pt.errors import HopeError
+from hope_pt.train.lock import RunLock
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _RankLog(logging.FileHandler):
+    """A log that a full disk cannot turn into tracebacks on the console; what matters on a full disk fails loudly by itself."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drops the line."""
+
+
+class RunDirectory:
+    """Paths of one run; `open` makes this process its writer."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.toml"
+        self.code = self.path / "code.txt"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+        self.status = self.path / "status.json"
+        self._lock: RunLock | None = None
+        self._handler: _RankLog | None = None
+
+    def open(self, *, rank: int) -> None:
+        """Creates the directory, takes the lock (first rank only) and begins this rank's log; raises HopeError if another run has it."""
+        with self._writing():
+            self.logs.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                self._lock = RunLock(self.path / "lock")
+            self._handler = _RankLog(self.logs / f"rank-{rank}.log", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter(LOG_FORMAT))
+        logging.getLogger("hope_pt").addHandler(self._handler)
+
+    def begin_session(self, *, config_text: str, code: str, step: int) -> None:
+        """Writes the resolved configuration, and appends the code's version and changes to those of earlier sessions."""
+        with self._writing():
+            replace_text(self.config, text=config_text)
+            with self.code.open("a", encoding="utf-8") as file:
+                file.write(f"# session from step {step}, {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n{code}\n")
+
+    def write_status(self, *, state: str, step: int, num_steps: int, message: str = "") -> None:
+        """Replaces status.json; `state` is running, done, failed, diverged or interrupted. The first rank only."""
+        status = {
+            "state": state,
+            "step": step,
+            "num_steps": num_steps,
+            "message": message,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "time": time.time(),
+        }
+        with self._writing():
+            replace_text(self.status, text=json.dumps(status, indent=1) + "\n")
+
+    def note(self, text: str) -> None:
+        """A line for this rank's log only: the console shows the same error in its own way."""
+        if self._handler is not None:
+            self._handler.handle(logging.makeLogRecord({"name": __name__, "levelno": logging.ERROR, "levelname": "ERROR", "msg": text}))
+
+    def close(self) -> None:
+        """Ends the log and lets the lock go."""
+        if self._handler is not None:
+            logging.getLogger("hope_pt").removeHandler(self._handler)
+            self._handler.close()
+            self._handler = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise HopeError(
+                f"cannot write to {self.path}: {error.strerror or error}; mend the disk, or set out to a directory that can be written"
+            ) from error

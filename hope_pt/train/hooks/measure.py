@@ -1,0 +1,50 @@
+"""Calls a measuring function at intervals and writes its values to the sinks: evaluations and memory diagnostics."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from hope_pt.report.metrics import Sink
+from hope_pt.train.hooks.base import Hook, StepRecord, due
+
+LOG = logging.getLogger(__name__)
+
+
+class MeasureHook(Hook):
+    """`measure` -> metrics, every `every` steps, before the first step if `at_start`, and after step `last_step`.
+
+    Every rank calls `measure` (it may gather weights); the first one has the sinks. `announce` logs the values for the reader of the
+    console.
+    """
+
+    def __init__(
+        self,
+        measure: Callable[[], dict[str, float]],
+        *,
+        sinks: Sequence[Sink],
+        every: int,
+        at_start: bool = False,
+        last_step: int | None = None,
+        announce: bool = False,
+    ):
+        self._measure, self._sinks, self._every = measure, sinks, every
+        self._at_start, self._last_step, self._announce = at_start, last_step, announce
+
+    def start(self, step: int) -> None:
+        """Measures an untrained model, if asked."""
+        if self._at_start and step == 0:
+            self._run(step)
+
+    def after_step(self, record: StepRecord) -> None:
+        """Measures where it is due."""
+        if due(record.step, every=self._every) or record.step == self._last_step:
+            self._run(record.step)
+
+    def _run(self, step: int) -> None:
+        began = time.perf_counter()
+        values = self._measure()
+        for sink in self._sinks:
+            sink.write(step=step, values={**values})
+        if self._announce and self._sinks:
+            shown = "  ".join(f"{key.removeprefix('eval/')} {value:.4g}" for key, value in values.items() if key.count("/") == 1)
+            LOG.info("step %d: %s (%.1f s)", step, shown, time.perf_counter() - began)

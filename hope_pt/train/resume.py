@@ -1,0 +1,75 @@
+"""May this configuration continue that run? Everything that decides a loss must be unchanged; the rest may differ.
+
+Free to change: where the run and the data lie, how often things are saved and measured, trackers, reader processes, the parallel
+layout, the micro-batch and the kernel backend (results then agree up to rounding, and the log says so). `train.steps` may change if the
+learning rate of every step already taken is the same under both lengths: "wsd" before its decay, never "cosine" after its warm-up.
+"""
+
+import logging
+
+from hope_pt.checkpoint import Checkpoint
+from hope_pt.config import diff, loads
+from hope_pt.config.schema import RunConfig
+from hope_pt.errors import CheckpointError, ConfigError, DataError
+from hope_pt.optim.schedule import learning_rate
+from hope_pt.train.state import FORMAT
+
+LOG = logging.getLogger(__name__)
+
+FREE = ("name", "out", "data.path", "data.backend", "data.remote", "data.num_workers", "checkpoint.", "eval.", "track.")
+FREE_UP_TO_ROUNDING = (
+    "engine.tensor_parallel",
+    "engine.pipeline_parallel",
+    "engine.context_parallel",
+    "engine.micro_batch_size",
+    "engine.device",
+    "engine.threads",
+    "engine.timeout_s",
+    "model.titans.backend",
+    "model.titans.save_every",
+)
+
+
+def check(config: RunConfig, *, checkpoint: Checkpoint, fingerprint: str) -> None:
+    """Raises ConfigError naming every key that must not differ, DataError if the samples are not those the run has read."""
+    meta = checkpoint.meta
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(f"{checkpoint.path}: state format {meta.get('format')}, this version reads format {FORMAT}")
+    stored = loads(meta["config"], source=str(checkpoint.path / "meta.json"))
+    check_config(config, stored=stored, step=checkpoint.step)
+    if meta["fingerprint"] != fingerprint:
+        raise DataError(
+            f"data.path = {config.data.path!r} has fingerprint {fingerprint}, but run {config.name!r} has read data with fingerprint "
+            f"{meta['fingerprint']} up to step {checkpoint.step}; give it that data, or give this run another name"
+        )
+
+
+def check_config(config: RunConfig, *, stored: RunConfig, step: int) -> None:
+    """Raises ConfigError if `stored`, the configuration of the run's first `step` steps, decides other losses than `config`."""
+    changes = [line for line in diff(stored, config) if not _is_under(line, FREE)]
+    rounding = [line for line in changes if _is_under(line, FREE_UP_TO_ROUNDING)]
+    refused = [line for line in changes if line not in rounding]
+    if any(_is_under(line, ("train.steps",)) for line in refused) and _same_past(config, stored=stored, step=step):
+        refused = [line for line in refused if not _is_under(line, ("train.steps",))]
+    if refused:
+        raise ConfigError(
+            f"run {config.name!r} was trained for {step} steps with another configuration ({'; '.join(refused)}); "
+            "take the change back, or give this run another name"
+        )
+    if rounding:
+        LOG.warning("continuing with %s: losses agree with the uninterrupted run up to rounding, not bit for bit", "; ".join(rounding))
+
+
+def _same_past(config: RunConfig, *, stored: RunConfig, step: int) -> bool:
+    """Whether both lengths give the steps already taken the same learning rates."""
+    return all(
+        learning_rate(past, optim=config.optim, num_steps=config.train.steps)
+        == learning_rate(past, optim=config.optim, num_steps=stored.train.steps)
+        for past in range(step)
+    )
+
+
+def _is_under(line: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a line "key: a -> b" of `config.diff` is about one of the keys, or of the sections that end in a point."""
+    key = line.partition(": ")[0]
+    return any(key == prefix or (prefix.endswith(".") and key.startswith(prefix)) for prefix in prefixes)

@@ -1,0 +1,184 @@
+"""One session of a run: open, continue or begin, loop, close.
+
+Order: samples, lock, newest checkpoint and the question whether it fits, engine, state, hooks. Everything that can be wrong with the
+input is found before the first file of the run is touched.
+"""
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from hope_pt import checkpoint, data, engine
+from hope_pt.config import loads, to_toml
+from hope_pt.config.schema import RunConfig
+from hope_pt.errors import DivergenceError, HopeError
+from hope_pt.report import metrics, tracking
+from hope_pt.report.metrics import MetricsFile, Sink
+from hope_pt.train import measures, resume
+from hope_pt.train.code import code_text, code_version
+from hope_pt.train.directory import RunDirectory
+from hope_pt.train.hooks.base import Hook, StepRecord
+from hope_pt.train.hooks.checkpoint import CheckpointHook
+from hope_pt.train.hooks.measure import MeasureHook
+from hope_pt.train.hooks.metrics import MetricsHook
+from hope_pt.train.hooks.progress import ProgressHook
+from hope_pt.train.hooks.status import StatusHook
+from hope_pt.train.loop import fit
+from hope_pt.train.state import Progress, capture, restore
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that has all its steps."""
+
+    path: Path
+    steps: int
+
+
+def run(config: RunConfig, *, launch: engine.Launch | None = None) -> RunResult:
+    """Trains `config` to its last step, from the newest checkpoint of the run directory `out/name` if there is one.
+
+    Raises HopeError subclasses for the user's mistakes (other configuration or data than the run began with, a second writer, a full
+    disk) and DivergenceError when a value is not finite.
+    """
+    launch = launch or engine.Launch()
+    directory = RunDirectory(Path(config.out) / config.name)
+    with ExitStack() as stack:
+        train = stack.enter_context(closing(data.open_source(config.data, split="train", vocab_size=config.model.vocab_size)))
+        heldout = stack.enter_context(closing(data.open_source(config.data, split="heldout", vocab_size=config.model.vocab_size)))
+        stack.callback(directory.close)
+        directory.open(rank=launch.rank)
+        newest = _find(config, directory=directory, fingerprint=train.fingerprint)
+        if newest and newest.step >= config.train.steps:
+            LOG.info("%s already has its %d steps", directory.path, newest.step)
+            return RunResult(path=directory.path, steps=newest.step)
+        plan = engine.start(config, launch=launch)
+        stack.callback(engine.stop, plan)
+        _train(config, plan=plan, directory=directory, newest=newest, train=train, heldout=heldout)
+    return RunResult(path=directory.path, steps=config.train.steps)
+
+
+def _train(
+    config: RunConfig,
+    *,
+    plan: engine.Plan,
+    directory: RunDirectory,
+    newest: checkpoint.Checkpoint | None,
+    train: data.Source,
+    heldout: data.Source,
+) -> None:
+    """From a started engine to the last step."""
+    trainer = engine.TrainEngine(config, plan)
+    progress = restore(newest, engine=trainer) if newest else Progress()
+    if newest:
+        LOG.info("continuing from %s", newest.path)
+    writer = plan.rank == 0
+    with ExitStack() as stack:
+        loader = stack.enter_context(
+            data.Loader(
+                train,
+                config=config.data,
+                global_batch_size=config.train.global_batch_size,
+                dp_rank=plan.dp_rank,
+                dp_size=plan.dp_size,
+                start_sample=progress.consumed,
+            )
+        )
+        sinks = _begin(config, directory=directory, progress=progress) if writer else []
+        hooks = _hooks(config, trainer=trainer, plan=plan, sinks=sinks, directory=directory, train=train, heldout=heldout)
+        for hook in hooks:
+            stack.callback(hook.close)
+        if writer:
+            stack.enter_context(_status(directory, trainer=trainer, num_steps=config.train.steps))
+        fit(
+            trainer,
+            batches=loader,
+            num_steps=config.train.steps,
+            tokens_per_step=config.train.global_batch_size * train.seq_len,
+            wall_s=progress.wall_s,
+            hooks=hooks,
+        )
+
+
+def _find(config: RunConfig, *, directory: RunDirectory, fingerprint: str) -> checkpoint.Checkpoint | None:
+    """The checkpoint to continue from, accepted, or None for a run that has none yet."""
+    newest = checkpoint.load_newest(directory.checkpoints)
+    if newest:
+        resume.check(config, checkpoint=newest, fingerprint=fingerprint)
+    elif directory.config.exists() and directory.metrics.exists() and metrics.read(directory.metrics):
+        resume.check_config(config, stored=loads(directory.config.read_text(encoding="utf-8"), source=str(directory.config)), step=0)
+    return newest
+
+
+def _begin(config: RunConfig, *, directory: RunDirectory, progress: Progress) -> list[Sink]:
+    """Makes the directory agree with the step that this session starts from, and opens what metrics are written to."""
+    checkpoint.set_aside_newer(directory.checkpoints, step=progress.step)
+    # A run that starts from nothing measures its untrained model again, so not even lines of step 0 stay.
+    metrics.truncate(directory.metrics, step=progress.step or -1)
+    kept = len(metrics.series(metrics.read(directory.metrics), key="loss")[0]) if directory.metrics.exists() else 0
+    if kept != progress.step:
+        LOG.warning("%s has %d training lines before step %d; it was changed by hand or lost", directory.metrics, kept, progress.step + 1)
+    directory.begin_session(config_text=to_toml(config), code=code_text(), step=progress.step)
+    sinks: list[Sink] = [MetricsFile(directory.metrics)]
+    if config.track.wandb:
+        sinks.append(tracking.open_wandb(config, directory=directory.path))
+    return sinks
+
+
+def _hooks(
+    config: RunConfig,
+    *,
+    trainer: engine.TrainEngine,
+    plan: engine.Plan,
+    sinks: list[Sink],
+    directory: RunDirectory,
+    train: data.Source,
+    heldout: data.Source,
+) -> list[Hook]:
+    """In the order of a step: metrics, measurements, checkpoint, and what the person sees. Only the first rank writes and shows."""
+    last, schedule, writer = config.train.steps, config.eval, plan.rank == 0
+    hooks: list[Hook] = [MetricsHook(sinks)]
+    if writer and config.data.source == "shards":
+        measure = measures.baselines(config, train=train, heldout=heldout)
+        when = {"at_start": True} if schedule.at_start else {"last_step": last}
+        hooks.append(MeasureHook(measure, sinks=sinks, every=0, announce=True, **when))
+    if schedule.diagnostics_every and config.model.mixer == "titans":
+        measure = measures.diagnostics(trainer=trainer, plan=plan, heldout=heldout)
+        hooks.append(MeasureHook(measure, sinks=sinks, every=schedule.diagnostics_every, at_start=True))
+    measure = measures.evaluation(config, trainer=trainer, plan=plan, heldout=heldout)
+    hooks.append(MeasureHook(measure, sinks=sinks, every=schedule.every, at_start=schedule.at_start, last_step=last, announce=True))
+    code = code_version()
+
+    def snapshot(record: StepRecord) -> tuple[dict[str, Tensor], dict]:
+        progress = Progress(step=record.step, consumed=record.step * config.train.global_batch_size, wall_s=record.wall_s)
+        return capture(trainer, progress=progress, config=config, fingerprint=train.fingerprint, code_version=code)
+
+    root = directory.checkpoints if writer else None
+    hooks.append(CheckpointHook(snapshot, root=root, config=config.checkpoint, last_step=last, sinks=sinks))
+    if writer:
+        hooks += [StatusHook(directory, num_steps=last), ProgressHook(num_steps=last)]
+    return hooks
+
+
+@contextmanager
+def _status(directory: RunDirectory, *, trainer: engine.TrainEngine, num_steps: int) -> Iterator[None]:
+    """Writes how the session ended; a kill leaves `running`, and the free lock tells that nobody is."""
+    write = partial(directory.write_status, num_steps=num_steps)
+    try:
+        yield
+    except BaseException as error:
+        states = {DivergenceError: "diverged", KeyboardInterrupt: "interrupted"}
+        directory.note(f"stopped after step {trainer.num_steps_done}: {traceback.format_exc()}")
+        # On a full disk the status cannot be written either; the error that stopped the run is the one to show.
+        with suppress(HopeError):
+            write(state=states.get(type(error), "failed"), step=trainer.num_steps_done, message=str(error))
+        raise
+    write(state="done", step=num_steps)

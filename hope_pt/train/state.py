@@ -1,0 +1,58 @@
+"""What a checkpoint holds, and how it becomes a running session again (DESIGN decision 6).
+
+Tensors: `model.*` and `optim.*` from the engine, `rng.*`. Meta, as JSON: the engine's scalars (step, clocks), the data cursor (global
+samples consumed), seconds trained, RNG scalars, the resolved configuration as text and its hash, the data's fingerprint, the code's
+version, and the chunk lengths that the model only works with.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hope_pt.checkpoint import Checkpoint
+from hope_pt.config import config_hash, to_toml
+from hope_pt.config.schema import RunConfig
+from hope_pt.train import rng
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands between two steps."""
+
+    step: int = 0
+    consumed: int = 0
+    """Global samples read; the next one is the sample at this position of the order."""
+    wall_s: float = 0.0
+    """Seconds in steps, over all sessions."""
+
+
+def capture(engine: Any, *, progress: Progress, config: RunConfig, fingerprint: str, code_version: str) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and meta of `engine` after `progress.step` steps; a collective of all ranks, because the engine's state is."""
+    tensors, scalars = engine.state()
+    rng_tensors, rng_scalars = rng.capture()
+    meta = {
+        "format": FORMAT,
+        "step": progress.step,
+        "consumed_samples": progress.consumed,
+        "wall_s": progress.wall_s,
+        "engine": scalars,
+        "rng": rng_scalars,
+        "config": to_toml(config),
+        "config_hash": config_hash(config),
+        "fingerprint": fingerprint,
+        "code_version": code_version,
+        "chunk_lengths": {"memory": config.model.titans.chunk_mem, "projection": config.model.titans.chunk_proj},
+    }
+    return {**tensors, **rng_tensors}, meta
+
+
+def restore(checkpoint: Checkpoint, *, engine: Any) -> Progress:
+    """Loads engine and generators from a checkpoint that `resume.check` has accepted."""
+    meta = checkpoint.meta
+    own = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("rng.")}
+    engine.load_state({name: tensor for name, tensor in checkpoint.tensors.items() if name not in own}, meta["engine"])
+    rng.restore(own, scalars=meta["rng"])
+    return Progress(step=meta["step"], consumed=meta["consumed_samples"], wall_s=meta["wall_s"])

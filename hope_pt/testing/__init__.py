@@ -1,7 +1,19 @@
-"""Helpers for tests, shipped with the library: forked workers, tiny configurations, named tolerances."""
+"""Helpers for tests, shipped with the library: forked workers, tiny configurations, random batches, named tolerances."""
 
+from hope_pt.testing.batches import RandomBatch, random_batch
 from hope_pt.testing.configs import tiny_model, tiny_run
 from hope_pt.testing.distributed import run_distributed
-from hope_pt.testing.tolerances import EXACT, LAYOUT
+from hope_pt.testing.tolerances import EXACT, GRADIENT, LAYOUT, difference, worst_difference
 
-__all__ = ["EXACT", "LAYOUT", "run_distributed", "tiny_model", "tiny_run"]
+__all__ = [
+    "GRADIENT",
+    "EXACT",
+    "LAYOUT",
+    "RandomBatch",
+    "difference",
+    "random_batch",
+    "run_distributed",
+    "tiny_model",
+    "tiny_run",
+    "worst_difference",
+]

@@ -6,7 +6,9 @@ behind, whatever happens to the parent. Linux, CPU only: a process that has used
 """
 
 import ctypes
+import gc
 import multiprocessing
+import os
 import pickle
 import signal
 import tempfile
@@ -40,7 +42,7 @@ def run_distributed(func: Callable[..., Any], *, world_size: int, timeout_s: flo
             for rank in range(world_size):
                 launch = Launch(rank=rank, world_size=world_size, local_rank=rank, master_addr=address)
                 reader, writer = context.Pipe(duplex=False)
-                worker = context.Process(target=_worker, args=(func, launch, args, writer), daemon=True)
+                worker = context.Process(target=_worker, args=(func, launch, args, writer))
                 worker.start()
                 writer.close()
                 readers.append(reader)
@@ -57,15 +59,16 @@ def run_distributed(func: Callable[..., Any], *, world_size: int, timeout_s: flo
 def _worker(func: Callable[..., Any], launch: Launch, args: tuple, writer: Connection) -> None:
     # The kernel kills this process when the parent dies, however it dies.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The parent's thread pool does not survive a fork.
+    # Threads of the parent do not survive the fork: neither its pool, nor those that destructors of its garbage would wait for.
     torch.set_num_threads(1)
+    gc.freeze()
     try:
         message = (True, func(launch, *args))
     except BaseException:
         message = (False, traceback.format_exc())
     # Not writer.send: torch would pass tensors as shared memory of a process that is about to end.
     writer.send_bytes(pickle.dumps(message))
-    writer.close()
+    os._exit(0)
 
 
 def _collect(readers: Sequence[Connection], *, timeout_s: float) -> list[Any]:

@@ -1,6 +1,33 @@
-"""Named tolerances of the tests, each with its reason. They are relative to the largest absolute value of the reference."""
+"""Named tolerances of the tests, each with its reason, and the measure they apply to."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 LAYOUT = 1e-6
-"""Same mathematics in fp32, another order of summation: data-parallel ranks, micro-batches, megatron's linear layers."""
+"""Same mathematics in fp32, another order of summation: data-parallel ranks, micro-batches, megatron's linear layers. For losses, and
+for all gradients or all parameters together."""
+GRADIENT = 3e-5
+"""Gradients of one parameter alone (that of a gate's bias is a sum over tokens whose terms cancel to a tenth), and gradients taken after
+steps, at weights that already differ by LAYOUT."""
 EXACT = 0.0
 """Same operations on the same numbers: bit for bit."""
+
+
+def difference(values: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
+    """|values - reference| / |reference|, the norm over all named tensors together. KeyError if the names differ."""
+    _same_names(values, reference)
+    gap = torch.stack([(values[name].double() - reference[name].double()).norm() for name in reference]).norm()
+    return float(gap / torch.stack([tensor.double().norm() for tensor in reference.values()]).norm())
+
+
+def worst_difference(values: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest `difference` of one tensor alone, and its name."""
+    _same_names(values, reference)
+    return max((difference({name: values[name]}, {name: reference[name]}), name) for name in reference)
+
+
+def _same_names(values: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
+    if values.keys() != reference.keys():
+        raise KeyError(f"names differ: {sorted(values.keys() ^ reference.keys())}")

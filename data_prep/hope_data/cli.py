@@ -23,7 +23,7 @@ from hope_data.tokenizer import Tokenizer, train
 from hope_data.verification import verify
 
 EXIT_USER_ERROR = 2
-TINY = {"vocab_size": 1024, "seq_len": 256, "heldout_rule": "per-file", "heldout_every": 20}
+TINY_VOCAB_SIZE, TINY_SEQ_LEN, TINY_HELDOUT_EVERY = 1024, 256, 20
 
 
 def _input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,8 +93,8 @@ def _inputs(args: argparse.Namespace, stack: ExitStack) -> tuple[list[Input], li
 def _settings(args: argparse.Namespace) -> tuple[ReadOptions, HoldOut]:
     read = ReadOptions(text_key=args.text_key, id_key=args.id_key, max_bytes=args.max_document_mib << 20)
     tiny = args.corpus == "tiny"
-    every = args.heldout_every if args.heldout_every is not None else (TINY["heldout_every"] if tiny else 50)
-    return read, HoldOut(rule=args.heldout_rule or ("per-file" if tiny else "hash"), every=int(every))
+    every = args.heldout_every if args.heldout_every is not None else (TINY_HELDOUT_EVERY if tiny else 50)
+    return read, HoldOut(rule=args.heldout_rule or ("per-file" if tiny else "hash"), every=every)
 
 
 def _train_tokenizer(args: argparse.Namespace) -> None:
@@ -114,15 +114,15 @@ def _tokenize(args: argparse.Namespace) -> None:
     tiny = args.corpus == "tiny"
     if args.tokenizer and args.vocab_size:
         raise PrepError("--tokenizer and --vocab-size exclude each other: a given tokenizer has its size")
-    vocab_size = args.vocab_size or (0 if args.tokenizer else TINY["vocab_size"] if tiny else 0)
+    vocab_size = args.vocab_size or (0 if args.tokenizer else TINY_VOCAB_SIZE if tiny else 0)
     if not args.tokenizer and not vocab_size:
         raise PrepError("give --tokenizer FILE, or --vocab-size N to train one first")
     options = BuildOptions(
-        seq_len=args.seq_len if args.seq_len is not None else int(TINY["seq_len"] if tiny else 1024),
+        seq_len=args.seq_len if args.seq_len is not None else (TINY_SEQ_LEN if tiny else 1024),
         read=read,
         holdout=holdout,
         tokenizer=args.tokenizer,
-        vocab_size=int(vocab_size),
+        vocab_size=vocab_size,
         train_bytes=args.sample_mib << 20,
         dtype=args.dtype,
         shard_bytes=args.shard_mib << 20,

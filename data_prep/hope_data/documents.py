@@ -104,27 +104,42 @@ def _open_zst(source: Input) -> IO[bytes]:
         import zstandard
     except ImportError:
         raise PrepError(f"{source.path} needs the package zstandard: pip install zstandard") from None
-    raw = open(source.path, "rb")
-    reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-    return io.BufferedReader(_ZstdErrors(reader))
+    return io.BufferedReader(_ZstdFile(open(source.path, "rb"), zstandard))
 
 
-class _ZstdErrors(io.RawIOBase):
-    """A raw stream whose decompression failures are EOFErrors, as gzip's are."""
+class _ZstdFile(io.RawIOBase):
+    """Decompresses zstd frames; unlike zstandard's own reader it raises EOFError when the file ends inside a frame."""
 
-    def __init__(self, reader: Any):
-        self._reader = reader
+    def __init__(self, file: IO[bytes], zstandard: Any):
+        self._file, self._zstandard = file, zstandard
+        self._frame: Any = None
+        self._input = self._output = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        import zstandard
+        while not self._output:
+            self._input = self._input or self._file.read(1 << 17)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a zstd frame")
+                return 0
+            self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._output = self._frame.decompress(self._input)
+            except self._zstandard.ZstdError as error:
+                raise EOFError(str(error)) from None
+            self._input = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count
 
-        try:
-            return self._reader.readinto(buffer)
-        except zstandard.ZstdError as error:
-            raise EOFError(str(error)) from None
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _read_jsonl(file: IO[bytes], options: ReadOptions) -> Iterator[Document | Reject]:

@@ -80,17 +80,20 @@ def _debian_package(name: str, out: Path) -> Path:
             record = {"id": f"{name}/{relative}", "text": text, "sha256": sha, "package": name, "version": version, "licence": licence}
             lines.append(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
         if not lines:
-            raise PrepError(f"package {name} {version} holds no documents of the kinds read here: .rst .txt .md .pod .html .yaml, manuals")
+            raise PrepError(f"package {name} {version} holds no .rst .txt .md .pod .html .yaml files or manual pages; choose another")
     commit_bytes(path, "".join(lines).encode("utf-8"))
-    source = {"name": name, "licence": licence, "version": version, "origin": f"Debian package, sha256 {digest}"}
+    origin = f"Debian package, sha256 {digest}, manual pages {_manual_tool()}"
+    source = {"name": name, "licence": licence, "version": version, "origin": origin}
     commit_bytes(Path(f"{path}.source.json"), pretty_json(source))
     return path
 
 
 def _texts(tree: Path, scratch: Path) -> Iterator[tuple[str, str]]:
-    """(path, text) of every document, in path order; files that are not UTF-8, are links or are tiny are left out."""
-    for path in sorted(tree.rglob("*")):
-        if path.is_symlink() or not path.is_file():
+    """(path, text) of every document, in path order; left out: links, what is not UTF-8 or tiny, HTML copies of Markdown files."""
+    files = [p for p in sorted(tree.rglob("*")) if p.is_file() and not p.is_symlink()]
+    markdown = {_stem(p) for p in files if p.name.removesuffix(".gz").endswith((".md", ".markdown"))}
+    for path in files:
+        if _stem(path) in markdown and path.name.removesuffix(".gz").endswith((".html", ".htm")):
             continue
         convert = _converter(path, scratch)
         if convert is None:
@@ -104,6 +107,10 @@ def _texts(tree: Path, scratch: Path) -> Iterator[tuple[str, str]]:
             yield path.relative_to(tree).as_posix(), text
 
 
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").rsplit(".", 1)[0]
+
+
 def _converter(path: Path, scratch: Path) -> Callable[[str], str] | None:
     name = path.name.removesuffix(".gz")
     if name.startswith(("changelog", "copyright", "NEWS.Debian")):
@@ -115,9 +122,13 @@ def _converter(path: Path, scratch: Path) -> Callable[[str], str] | None:
     return (lambda text: text) if name.endswith((".rst", ".txt", ".md", ".markdown", ".pod", ".yaml")) else None
 
 
+def _manual_tool() -> str:
+    return "by groff" if shutil.which("groff") else "without groff"
+
+
 def _manual_page(text: str, scratch: Path) -> str:
-    """Formatted text where groff is installed, else the source without its requests: deterministic for one choice of tools."""
-    if shutil.which("groff"):
+    """Formatted text where groff is installed, else the source without its requests; the source record says which."""
+    if _manual_tool() == "by groff":
         command = ["groff", "-man", "-Tutf8", "-P-cbou"]
         done = subprocess.run(command, input=text, cwd=scratch, capture_output=True, text=True, check=False)
         if done.returncode == 0:

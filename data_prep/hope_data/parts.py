@@ -128,7 +128,7 @@ def _fill(directory: Path, part: Part, tokenizer: Tokenizer) -> None:
             continue
         where = f"{part.source.name}:{document.line}"
         ids = tokenizer.encode(document.text)
-        if num_documents < _ROUND_TRIPS and tokenizer.decode(ids) != document.text:
+        if num_documents < _ROUND_TRIPS and not tokenizer.gives_back(document.text):
             raise PrepError(f"tokenizer {tokenizer.name} does not give back the text of {where}; use one without normalisation")
         num_documents += 1
         ids = checked_ids(np.append(ids, tokenizer.eos), dtype=part.dtype, vocab_size=tokenizer.vocab_size, where=where)

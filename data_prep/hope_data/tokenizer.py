@@ -1,7 +1,8 @@
 """SentencePiece BPE: training with the settings that convert without loss, and encoding that never yields a control id.
 
 Identity normalisation, no dummy prefix, byte fallback, digits split, whitespace pieces allowed: decode(encode(text)) == text for any
-text without NUL. Literal control strings such as "</s>" in a text are encoded as the characters they are.
+text without NUL, but for U+2581 (the format's own sign for a space), which comes back as a space. Literal control strings such as
+"</s>" in a text are encoded as the characters they are.
 """
 
 import hashlib
@@ -55,6 +56,10 @@ class Tokenizer:
         """Text of ids; control ids give nothing."""
         return self._processor.decode([int(i) for i in ids])
 
+    def gives_back(self, text: str) -> bool:
+        """Is decode(encode(text)) the text, but for U+2581?"""
+        return self.decode(self.encode(text)) == text.replace("\u2581", " ")
+
     def control_ids(self) -> dict[str, int]:
         """Ids of pad, bos, eos, unk; -1 where the model has none."""
         p = self._processor
@@ -104,8 +109,8 @@ def train(texts: Iterable[str], *, vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split()) or "no reason given"
-        raise PrepError(f"cannot train a tokenizer of --vocab-size {vocab_size} on this text: {reason}; lower it") from None
+        reason = " ".join(str(error).split("] ")[-1].split()) or "no reason given"
+        raise PrepError(f"no tokenizer of --vocab-size {vocab_size} from this text: {reason} Give another size or more text") from None
     data = model.getvalue()
     got = Tokenizer(data, name="the trained tokenizer").vocab_size
     if got != vocab_size:

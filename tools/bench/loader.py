@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 from common import environment, write_results
+
 from hope_data.corpus_build import BuildOptions, build
 from hope_data.documents import Input, ReadOptions
 from hope_data.embedded import tiny_corpus
 from hope_data.parts import HoldOut
-
 from hope_pt.config.schema import DataConfig
 from hope_pt.data import Loader, Source, open_source
 

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+
 from hope_data.corpus_build import BuildOptions, build
 from hope_data.documents import ReadOptions
 from hope_data.embedded import tiny_corpus

@@ -62,7 +62,11 @@ def test_loader_runs_over_it():
 
 @pytest.mark.parametrize(
     "settings, message",
-    [({"seq_len": 30}, "data.seq_len to at least 31"), ({"vocab_size": 16}, "raise it to 17"), ({"vocab_size": None}, "needs the vocabulary")],
+    [
+        ({"seq_len": 30}, "data.seq_len to at least 31"),
+        ({"vocab_size": 16}, "raise it to 17"),
+        ({"vocab_size": None}, "needs the vocabulary"),
+    ],
 )
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):

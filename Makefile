@@ -98,11 +98,11 @@ bench: $(VENV)/.stamp-base ## CPU speed and memory of a HOPE block beside a tran
 
 .PHONY: stability
 stability: $(VENV)/.stamp-base data ## both chunk presets, three seeds, peak learning rate, long sequence; and the literal objective beside them
-	$(BIN)/python tools/stability.py
+	$(BIN)/python -m tools.stability
 
 .PHONY: kill-trials
 kill-trials: $(VENV)/.stamp-base data ## kill -9 the trainer at random moments; the resumed losses must be bit-identical
-	$(BIN)/python tools/kill_trials.py
+	$(BIN)/python -m tools.kill_trials
 
 .PHONY: golden
 golden: $(VENV)/.stamp-base ## rewrite tests/golden/configs after a deliberate change of a configuration

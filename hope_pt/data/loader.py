@@ -85,15 +85,14 @@ class _Workers:
     """Worker processes, each with a pipe on which it sends its steps in order."""
 
     def __init__(self, reader: _Reader, num_workers: int):
-        # spawn: a fork would copy the locks and CUDA state of a process that already has threads
-        context = multiprocessing.get_context("spawn")
+        # fork server: forked from a fresh process that has imported this once, so no locks or CUDA state of ours are copied
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         for w in range(num_workers):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work, args=(reader, w, num_workers, theirs, os.getpid()), name=f"hope-data-worker-{w}", daemon=True
-            )
+            process = context.Process(target=_work, args=(reader, w, num_workers, theirs), name=f"hope-data-worker-{w}", daemon=True)
             process.start()
             theirs.close()
             for _ in range(_AHEAD):
@@ -134,9 +133,9 @@ class _Workers:
             process.join(_POLL_SECONDS)
 
 
-def _work(reader: _Reader, first: int, stride: int, pipe: Connection, parent: int) -> None:
-    """Body of a worker: one step for every token on the pipe, until the pipe closes or the parent is gone."""
-    threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
+def _work(reader: _Reader, first: int, stride: int, pipe: Connection) -> None:
+    """Body of a worker: one step for every token on the pipe, until the pipe closes or the fork server (it goes with us) is gone."""
+    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     step = first
     try:
         while True:

@@ -4,7 +4,7 @@ The shards are the embedded corpus, repeated, tokenised and cut by `hope_data`. 
 `Source.read_rows` (ids as stored), `Source.read` and `Loader` (int64 tensors, in shuffled order), batches of 8 and 64. Each figure is
 the best of three rounds; the sample count is the one the caller receives. Goal: Loader >= 50,000 samples/s.
 
-    python tools/bench/loader.py [--workers N]
+    python -m tools.bench.loader [--workers N]
 """
 
 import argparse
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import environment, write_results
 
 from hope_data.corpus_build import BuildOptions, build
 from hope_data.documents import Input, ReadOptions
@@ -25,6 +24,7 @@ from hope_data.embedded import tiny_corpus
 from hope_data.parts import HoldOut
 from hope_pt.config.schema import DataConfig
 from hope_pt.data import Loader, Source, open_source
+from tools.bench.common import environment, write_results
 
 SEQ_LEN = 2048
 REPEATS = 24

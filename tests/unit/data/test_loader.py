@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hope_pt.data import Loader, open_source
 from hope_pt.errors import ConfigError, DataError
 
 SEQ_LEN = 64
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def setup(corpus, **extra):
@@ -85,6 +89,42 @@ def test_killed_worker_is_named(corpus):
         with pytest.raises(DataError, match=rf"data worker 1 \(pid {victim.pid}\) died with exit code -9"):
             for _ in range(8):
                 next(loader)
+
+
+SCRIPT = """
+import sys, time
+from hope_pt.config.schema import DataConfig
+from hope_pt.data import Loader, open_source
+if __name__ == "__main__":
+    config = DataConfig(path=sys.argv[1], seq_len=64, num_workers=2)
+    loader = Loader(open_source(config, split="train"), config=config, global_batch_size=4)
+    next(loader)
+    print(*[p.pid for p in loader._pool._processes], flush=True)
+    time.sleep(60)
+"""
+
+
+def alive(pid):
+    """Is there such a process, other than as a zombie?"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.timeout(60)
+def test_workers_go_with_a_killed_trainer(corpus, tmp_path):
+    (tmp_path / "run.py").write_text(SCRIPT)
+    trainer = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(corpus)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    with trainer:
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]
+        assert len(workers) == 2 and all(map(alive, workers))
+        trainer.kill()
+    deadline = time.monotonic() + 20
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
 
 
 @pytest.mark.timeout(30)

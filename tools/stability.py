@@ -3,7 +3,8 @@
 Trains the model of configs/hope_tiny.toml on sequences of 1,024 tokens for 1,000 steps, learning rate at its peak after the warm-up,
 then reads one sequence of 8,192 tokens. Each trial is a process of its own. Recorded: losses that are not finite, the largest loss
 after warm-up, and the largest norm of any memory at any chunk end over its start (measured every 20 steps on held-out text, and over
-the long sequence, before and after training). The bounded objective must stay finite and below 10; the literal one (`objective = "l2"`) runs beside it, whatever it does.
+the long sequence, before and after training). The bounded objective must stay finite and below 10; the literal one (`objective = "l2"`)
+runs beside it, whatever it does.
 Writes tools/bench/results/stability.json; exit 1 if the bounded objective failed.
 """
 

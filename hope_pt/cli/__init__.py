@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN", help="run directory")
     report.add_argument("others", metavar="RUN_OR_FILE", nargs="*", help="runs, or stored curves (CSV, JSON), to compare with")
     report.add_argument("--compare", metavar="RUN_OR_FILE", nargs="+", default=[], help="the same")
+    report.add_argument("--store-curve", metavar="FILE", help="write the run's curve to a small .json instead of a page")
     report.add_argument("--out", metavar="FILE", help="write the page here instead")
     report.set_defaults(module="report")
 

@@ -1,12 +1,33 @@
 """`hope report RUN [RUN_OR_FILE ...]`."""
 
 import argparse
+import logging
 from pathlib import Path
 
+from hope_pt.errors import CheckpointError
+from hope_pt.report.curves import load_curve, store_curve
 from hope_pt.report.page import write_report
+from hope_pt.report.samples import Sample, draw_samples
+
+LOG = logging.getLogger(__name__)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Writes the page and prints its path."""
+    """Writes the page, or stores the run's curve, and prints the path."""
+    directory = Path(arguments.run)
+    if arguments.store_curve:
+        store_curve(load_curve(directory), arguments.store_curve)
+        print(arguments.store_curve)
+        return
     others = [Path(path) for path in (*arguments.others, *arguments.compare)]
-    print(write_report(Path(arguments.run), compare=others, out=Path(arguments.out) if arguments.out else None))
+    out = Path(arguments.out) if arguments.out else None
+    print(write_report(directory, compare=others, samples=_samples(directory), out=out))
+
+
+def _samples(directory: Path) -> list[Sample]:
+    """A run without a usable checkpoint still has curves to show, and is told what is missing."""
+    try:
+        return draw_samples(directory)
+    except CheckpointError as error:
+        LOG.warning("the report has no samples: %s", error)
+        return []

@@ -2,10 +2,11 @@
 
 import argparse
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from hope_pt import config, nn
+from hope_pt import config, nn, optim
 from hope_pt.config.schema import RunConfig
 
 
@@ -13,8 +14,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints parameters by class, FLOPs per token, state bytes per sequence and the optimizer's groups."""
     settings = config.load(arguments.config, arguments.overrides)
     console = Console()
-    for table in (_parameters(settings), _costs(settings), _groups(settings)):
-        console.print(table)
+    for table in (_parameters(settings), _costs(settings)):
+        console.print(table, "")
+    shapes = {name: tuple(value.shape) for name, value in nn.HopeLM(settings.model, device=torch.device("meta")).named_parameters()}
+    console.print("optimizer groups", style="italic")
+    console.print(optim.table(shapes, config=settings.model), highlight=False, soft_wrap=True)
 
 
 def _parameters(settings: RunConfig) -> Table:
@@ -33,11 +37,6 @@ def _costs(settings: RunConfig) -> Table:
     table.add_row("state of one sequence, bytes", f"{nn.state_bytes(settings.model):,}")
     tokens = settings.train.steps * settings.train.global_batch_size * seq_len
     table.add_row("tokens of the run", f"{tokens:,}")
-    return table
-
-
-def _groups(settings: RunConfig) -> Table:
-    table = _table("optimizer groups", "group", "parameters")
     return table
 
 

@@ -1,11 +1,13 @@
-"""The directory of a run: `config.toml`, `code.txt`, `metrics.jsonl`, `checkpoints/`, `logs/rank-N.log`, `status.json`, `lock`.
+"""The directory of a run, `out/name`.
 
+`config.toml`, `code.txt`, `tokenizer.model`, `metrics.jsonl`, `checkpoints/`, `logs/rank-N.log`, `status.json`, `lock`.
 Only the first rank writes outside `logs/`, and only while it holds the lock.
 """
 
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -33,6 +35,7 @@ class RunDirectory:
         self.path = Path(path)
         self.config = self.path / "config.toml"
         self.code = self.path / "code.txt"
+        self.tokenizer = self.path / "tokenizer.model"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
@@ -50,9 +53,11 @@ class RunDirectory:
         self._handler.setFormatter(logging.Formatter(LOG_FORMAT))
         logging.getLogger("hope_pt").addHandler(self._handler)
 
-    def begin_session(self, *, config_text: str, code: str, step: int) -> None:
-        """Writes the resolved configuration, and appends the code's version and changes to those of earlier sessions."""
+    def begin_session(self, *, config_text: str, code: str, tokenizer: Path | None, step: int) -> None:
+        """Writes the resolved configuration and a copy of the tokenizer; appends the code's version and changes to those before."""
         with self._writing():
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer, self.tokenizer)
             replace_text(self.config, text=config_text)
             with self.code.open("a", encoding="utf-8") as file:
                 file.write(f"# session from step {step}, {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n{code}\n")

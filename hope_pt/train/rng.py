@@ -1,6 +1,6 @@
 """States of the random generators of torch, numpy and Python as tensors and JSON, without pickle.
 
-Nothing in a step draws random numbers today; saving them keeps a resume exact for whatever does.
+No step draws random numbers by itself; starting them from the run's seed and saving them keeps a resume exact for whatever does.
 """
 
 import random
@@ -8,6 +8,13 @@ import random
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def seed(value: int) -> None:
+    """Starts all generators of this process from one number."""
+    torch.manual_seed(value)
+    np.random.seed(value % 2**32)
+    random.seed(value)
 
 
 def capture() -> tuple[dict[str, Tensor], dict]:

@@ -20,7 +20,7 @@ from hope_pt.config.schema import RunConfig
 from hope_pt.errors import DivergenceError, HopeError
 from hope_pt.report import metrics, tracking
 from hope_pt.report.metrics import MetricsFile, Sink
-from hope_pt.train import measures, resume
+from hope_pt.train import measures, resume, rng
 from hope_pt.train.code import code_text, code_version
 from hope_pt.train.directory import RunDirectory
 from hope_pt.train.hooks.base import Hook, StepRecord
@@ -76,6 +76,7 @@ def _train(
     heldout: data.Source,
 ) -> None:
     """From a started engine to the last step."""
+    rng.seed(config.train.seed)
     trainer = engine.TrainEngine(config, plan)
     progress = restore(newest, engine=trainer) if newest else Progress()
     if newest:
@@ -92,7 +93,7 @@ def _train(
                 start_sample=progress.consumed,
             )
         )
-        sinks = _begin(config, directory=directory, progress=progress) if writer else []
+        sinks = _begin(config, directory=directory, progress=progress, tokenizer=train.tokenizer_path) if writer else []
         hooks = _hooks(config, trainer=trainer, plan=plan, sinks=sinks, directory=directory, train=train, heldout=heldout)
         for hook in hooks:
             stack.callback(hook.close)
@@ -118,7 +119,7 @@ def _find(config: RunConfig, *, directory: RunDirectory, fingerprint: str) -> ch
     return newest
 
 
-def _begin(config: RunConfig, *, directory: RunDirectory, progress: Progress) -> list[Sink]:
+def _begin(config: RunConfig, *, directory: RunDirectory, progress: Progress, tokenizer: Path | None) -> list[Sink]:
     """Makes the directory agree with the step that this session starts from, and opens what metrics are written to."""
     checkpoint.set_aside_newer(directory.checkpoints, step=progress.step)
     # A run that starts from nothing measures its untrained model again, so not even lines of step 0 stay.
@@ -126,7 +127,7 @@ def _begin(config: RunConfig, *, directory: RunDirectory, progress: Progress) ->
     kept = len(metrics.series(metrics.read(directory.metrics), key="loss")[0]) if directory.metrics.exists() else 0
     if kept != progress.step:
         LOG.warning("%s has %d training lines before step %d; it was changed by hand or lost", directory.metrics, kept, progress.step + 1)
-    directory.begin_session(config_text=to_toml(config), code=code_text(), step=progress.step)
+    directory.begin_session(config_text=to_toml(config), code=code_text(), tokenizer=tokenizer, step=progress.step)
     sinks: list[Sink] = [MetricsFile(directory.metrics)]
     if config.track.wandb:
         sinks.append(tracking.open_wandb(config, directory=directory.path))

@@ -11,6 +11,7 @@ import pytest
 from hope_pt.errors import HopeError
 from hope_pt.train.lock import RunLock
 
+
 class Holder:
     """A child process that holds the lock until it is killed, with a child of its own if asked."""
 

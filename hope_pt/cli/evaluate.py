@@ -1,0 +1,52 @@
+"""`hope eval RUN`: the evaluations that fit a run, on its held-out data or on another directory of shards."""
+
+import argparse
+import json
+from contextlib import closing
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hope_pt import data, evals
+from hope_pt.checkpoint.files import replace_text
+from hope_pt.errors import DataError, HopeError
+from hope_pt.train.trained import load_trained
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the values and writes them to RUN/eval-step-N.json."""
+    trained = load_trained(arguments.run, step=arguments.step)
+    config = trained.config
+    if arguments.data:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": arguments.data})})
+    if arguments.sequences:
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"sequences": arguments.sequences})})
+    vocab_size = config.model.vocab_size
+    with (
+        closing(data.open_source(config.data, split="train", vocab_size=vocab_size)) as train,
+        closing(data.open_source(config.data, split="heldout", vocab_size=vocab_size)) as heldout,
+    ):
+        if not arguments.data and train.fingerprint != trained.fingerprint:
+            raise DataError(
+                f"{config.data.path} has fingerprint {train.fingerprint}, the run was trained on {trained.fingerprint}; "
+                "name the directory to evaluate on with --data"
+            )
+        values = evals.evaluate(trained.lm, heldout, config=config)
+        if config.data.source == "shards":
+            values |= evals.baselines(train, heldout, sequences=config.eval.sequences)
+    _show(values, title=f"{config.name}, step {trained.step}")
+    path = Path(arguments.run) / f"eval-step-{trained.step}.json"
+    try:
+        replace_text(path, text=json.dumps({"step": trained.step, "data": train.fingerprint, "values": values}, indent=1) + "\n")
+    except OSError as error:
+        raise HopeError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _show(values: dict[str, float], *, title: str) -> None:
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        table.add_row(name.removeprefix("eval/"), f"{value:.4f}".rstrip("0").rstrip("."))
+    Console().print(table)

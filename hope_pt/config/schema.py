@@ -58,15 +58,15 @@ class TitansConfig(Section):
     """Forgetting through alpha; false: alpha = 1 (the "no weight decay" ablation row)."""
     read: Literal["causal", "anchor"] = "causal"
     """M_mem is read with the state after the token, or with the chunk-start state (NL eq. 90 to the letter)."""
-    normalize_v: bool = False
-    """l2-normalise v and the generated targets."""
+    normalize_v: bool = True
+    """l2-normalise v and the generated targets. Without it the targets feed on themselves at long T (docs/log.md)."""
     memory_off: bool = False
     """Control: eta = 0 and alpha = 1, so nothing is ever written; the same parameters as a static network."""
     eta_max: PositiveFloat = 1.0
     """Upper bound of the inner learning rate."""
     eta_init: Fraction = 0.05
     """Inner learning rate at the start of training."""
-    forget_init: Fraction = 1e-3
+    forget_init: Fraction = 1e-4
     """1 - alpha at the start of training."""
     momentum_init: Fraction = 0.5
     """mu at the start of training."""

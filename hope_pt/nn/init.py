@@ -1,8 +1,9 @@
 """Initial values: each parameter is a pure function of its canonical name, the model and the seed, whatever layout holds it.
 
 Scales (SPEC 2 and the project's choices): projections 1/sqrt(fan in), residual outputs divided by sqrt(number of residual branches),
-embeddings 0.3/sqrt(D) so that the first loss is ln V within 2 %, W2_0 1/sqrt(K) and W1_0 0.02/sqrt(F) so that every memory starts near
-the identity; eta, alpha and mu start where the configuration says.
+embeddings 0.3/sqrt(D) so that the first loss is ln V within 2 %, both matrices of a memory 1/sqrt(fan in): with the smaller W1_0 of
+SPEC 2 the error that reaches W2 cannot replace what DGD erases, and the memory fades over a long document (docs/log.md). eta, alpha and
+mu start where the configuration says.
 """
 
 import hashlib
@@ -54,10 +55,8 @@ def _std(kind: str, shape: tuple[int, ...], config: ModelConfig) -> float:
         return 1 / math.sqrt(shape[-1])
     if kind in ("core.eta_weight", "core.alpha_weight"):
         return 0.5 / math.sqrt(shape[-1])
-    if kind in ("mem_weights.0", "proj_weights.0"):
+    if kind.startswith(("mem_weights.", "proj_weights.")):
         return (1 if config.titans.memory == "mlp" else 0.02) / math.sqrt(shape[-1])
-    if kind in ("mem_weights.1", "proj_weights.1"):
-        return 0.02 / math.sqrt(shape[-1])
     raise ValueError(f'no initialisation rule for parameter "{kind}"; add one to hope_pt/nn/init.py')
 
 

@@ -125,12 +125,15 @@ class TitansCore(nn.Module):
         mem_start, proj_start = self.starts(inputs.k.shape[0], inputs.k.dtype)
         mem, proj = (mem_start, proj_start) if state is None else unpack(state, mem_start, proj_start)
         masks = None if layout is None else ChunkMasks(layout.commit_proj_BN, layout.reset_proj_BN)
-        generated, proj = self.generate(inputs, proj, proj_start, masks)
+        generated, proj = self.generate(inputs, proj, proj_start, masks, keep_state=keep)
         mem_masks = None if layout is None else ChunkMasks(layout.commit_mem_BN, layout.reset_mem_BN)
-        y, mem = self.remember(generated, inputs.log_mu, mem, mem_start, mem_masks, first_chunk=layout.first_mem if layout else 0)
+        first_chunk = layout.first_mem if layout else 0
+        y, mem = self.remember(generated, inputs.log_mu, mem, mem_start, mem_masks, first_chunk=first_chunk, keep_state=keep)
         return y, pack(mem, proj) if keep else {}
 
-    def generate(self, inputs: Inputs, state: MemoryState | None, start: MemoryState | None, masks: ChunkMasks | None):
+    def generate(
+        self, inputs: Inputs, state: MemoryState | None, start: MemoryState | None, masks: ChunkMasks | None, *, keep_state: bool = True
+    ):
         """The projection scan with this mixer's settings."""
         return projection_scan(
             inputs,
@@ -142,6 +145,7 @@ class TitansCore(nn.Module):
             start=start,
             masks=masks,
             save_every=self.config.save_every,
+            keep_state=keep_state,
             backend=self.backend,
         )
 
@@ -154,7 +158,8 @@ class TitansCore(nn.Module):
         masks: ChunkMasks | None,
         *,
         first_chunk: int = 0,
-    ) -> tuple[torch.Tensor, MemoryState]:
+        keep_state: bool = True,
+    ) -> tuple[torch.Tensor, MemoryState | None]:
         """The memory scan with this mixer's settings; chunks before first_chunk are already committed in every row and are skipped."""
         skip = first_chunk * self.config.chunk_mem
         streams = [None if t is None else t[:, :, skip:] for t in (*generated.tensors(), log_mu)]
@@ -170,6 +175,7 @@ class TitansCore(nn.Module):
             masks=masks,
             read=self.config.read,
             save_every=self.config.save_every,
+            keep_state=keep_state,
             backend=self.backend,
         )  # fmt: skip
         return F.pad(y, (0, 0, skip, 0)), state

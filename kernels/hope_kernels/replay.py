@@ -12,6 +12,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, *inputs):
         ctx.function = function
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         with torch.no_grad():
             return function(*inputs)

@@ -74,3 +74,11 @@ class ChunkMasks:
 
     commit_BN: torch.Tensor | None = None
     reset_BN: torch.Tensor | None = None
+
+    def window(self, chunks: slice) -> "ChunkMasks":
+        """The masks of a run of chunks."""
+        return ChunkMasks(*(None if m is None else m[:, chunks] for m in (self.commit_BN, self.reset_BN)))
+
+    def repeat(self, count: int) -> "ChunkMasks":
+        """Every row `count` times in a row, for heads folded into the batch."""
+        return ChunkMasks(*(None if m is None else m.repeat_interleave(count, 0) for m in (self.commit_BN, self.reset_BN)))

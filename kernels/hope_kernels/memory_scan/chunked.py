@@ -9,6 +9,7 @@ Legend: B batch, H heads, T tokens, N chunks, C chunk length, K head width, F hi
 import torch
 import torch.nn.functional as F
 
+from hope_kernels import fused
 from hope_kernels.chunk import ChunkTerms, Decay, chunk_terms, decay, end_weight, read_inside
 from hope_kernels.memory import read_memory, surprise
 from hope_kernels.replay import replay
@@ -34,33 +35,35 @@ def memory_scan(
     masks: ChunkMasks,
     read: str,
     save_every: int,
-) -> tuple[torch.Tensor, MemoryState]:
+    keep_state: bool,
+) -> tuple[torch.Tensor, MemoryState | None]:
     """See `hope_kernels.memory_scan.memory_scan`."""
-    num_tokens = qkv[0].shape[2]
-    cuts = segments(num_tokens, chunk, save_every)
-    outputs = []
-    for first, end, size in cuts:
-        window = slice(first, end)
-        inputs = [t[:, :, window] for t in (*qkv, *gates)]
-        chunks = slice(first // chunk, -(-end // chunk))
-        part = ChunkMasks(*(None if m is None else m[:, chunks] for m in (masks.commit_BN, masks.reset_BN)))
+    is_fused = fused.supports(rule)
+    segment = _fused_segment if is_fused else _segment
+    cuts = segments(qkv[0].shape[2], chunk, save_every)
+    split = [t.split([end - first for first, end, _ in cuts], 2) for t in (*qkv, *gates)]
+    recompute = torch.is_grad_enabled() and len(cuts) > 1 and not (is_fused and fused.keeps_states(state.weights, chunk))
+    outputs: list[torch.Tensor] = []
+    for inputs, (first, end, size) in zip(zip(*split, strict=True), cuts, strict=True):
+        part = masks.window(slice(first // chunk, -(-end // chunk)))
+        writes_last = keep_state or end < cuts[-1][1]
         start_tensors = () if part.reset_BN is None else start.tensors()
 
-        def run(*tensors, form=state, size=size, part=part):
-            return _segment(tensors, form, rule=rule, size=size, masks=part, read=read)
+        def run(*tensors, form=state, size=size, part=part, writes_last=writes_last):
+            return segment(tensors, form, rule=rule, size=size, masks=part, read=read, writes_last=writes_last)
 
         arguments = (*inputs, *state.tensors(), *start_tensors)
-        recompute = torch.is_grad_enabled() and len(cuts) > 1
-        y, *ends = replay(run, *arguments) if recompute else run(*arguments)
-        outputs.append(y)
-        state = state.like(tuple(ends))
-    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], state
+        results = replay(run, *arguments) if recompute else run(*arguments)
+        count = len(state.tensors())
+        outputs.extend(results[:-count])
+        state = state.like(tuple(results[-count:]))
+    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], state if keep_state else None
 
 
 def _segment(
-    tensors: tuple[torch.Tensor, ...], form: MemoryState, *, rule: MemoryRule, size: int, masks: ChunkMasks, read: str
+    tensors: tuple[torch.Tensor, ...], form: MemoryState, *, rule: MemoryRule, size: int, masks: ChunkMasks, read: str, writes_last: bool
 ) -> tuple[torch.Tensor, ...]:
-    """One segment of whole chunks of length `size`: (y [B, H, T, K], *state tensors)."""
+    """One segment of whole chunks of length `size`, any rule: (y [B, H, T, K], *state tensors)."""
     num_gates = 3 if rule.momentum else 2
     cut = [t.unflatten(2, (-1, size)) for t in tensors[: 3 + num_gates]]
     q, k, v = cut[:3]
@@ -80,16 +83,40 @@ def _segment(
     return torch.stack(outputs, 2).flatten(2, 3), *state.tensors()
 
 
+def _fused_segment(
+    tensors: tuple[torch.Tensor, ...], form: MemoryState, *, rule: MemoryRule, size: int, masks: ChunkMasks, read: str, writes_last: bool
+) -> tuple[torch.Tensor, ...]:
+    """The same for a rule that `fused` supports, heads folded into the batch: (y [B, H, C, K] of every chunk, *state tensors)."""
+    batch, heads = tensors[0].shape[:2]
+    # chunk-major: every chunk is contiguous, and so are all chunks of the segment together
+    q, k, v, eta, log_alpha = (t.flatten(0, 1).unflatten(1, (-1, size)).transpose(0, 1).contiguous() for t in tensors[:5])
+    weights, start = tuple(t.flatten(0, 1) for t in tensors[5:7]), tuple(t.flatten(0, 1) for t in tensors[7:])
+    masks = masks.repeat(heads)
+    terms = fused.terms(k, q if read == "causal" else None, eta, log_alpha, erase=rule.erases(0))
+    outputs = []
+    each = zip(q.unbind(0), k.unbind(0), v.unbind(0), _columns(list(terms), len(k), 0), strict=True)
+    for index, (q_c, k_c, v_c, terms_c) in enumerate(each):
+        if start:
+            weights = fused.choose(masks.reset_BN[:, index], start, weights)
+        writes = writes_last or index + 1 < len(k)
+        causal = q_c if read == "causal" else None
+        y, after = fused.chunk(k_c, v_c, weights, fused.ChunkDecays(*terms_c), rule=rule, queries=causal, writes=writes)
+        outputs.append(fused.read(q_c, *weights) if y is None else y)
+        weights = after if masks.commit_BN is None else fused.choose(masks.commit_BN[:, index], after, weights)
+    return tuple(t.unflatten(0, (batch, heads)) for t in (*outputs, *weights))
+
+
 def _unbind(terms: ChunkTerms) -> list[ChunkTerms]:
     """Terms of N chunks [B, H, N, ...] -> N terms; unbind before the loop, since indexing inside it makes backward quadratic."""
     count = terms.y_delta.shape[2]
-    decays = zip(*_columns(list(terms.decay.__dict__.values()), count), strict=True)
-    rest = zip(*_columns([terms.y, terms.y_delta, terms.m, terms.m_delta, terms.momentum], count), strict=True)
+    decays = _columns(list(terms.decay.__dict__.values()), count, 2)
+    rest = _columns([terms.y, terms.y_delta, terms.m, terms.m_delta, terms.momentum], count, 2)
     return [ChunkTerms(Decay(*d), *r) for d, r in zip(decays, rest, strict=True)]
 
 
-def _columns(tensors: list[torch.Tensor | None], count: int) -> list:
-    return [[None] * count if t is None else t.unbind(2) for t in tensors]
+def _columns(tensors: list[torch.Tensor | None], count: int, dim: int) -> list[tuple]:
+    """Tensors (or None) with `count` entries along a dimension -> one tuple an entry."""
+    return list(zip(*([None] * count if t is None else t.unbind(dim) for t in tensors), strict=True))
 
 
 def chunk_step(

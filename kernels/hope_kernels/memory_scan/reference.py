@@ -55,7 +55,8 @@ def memory_scan(
     masks: ChunkMasks,
     read: str,
     save_every: int,
-) -> tuple[torch.Tensor, MemoryState]:
+    keep_state: bool,
+) -> tuple[torch.Tensor, MemoryState | None]:
     """See `hope_kernels.memory_scan.memory_scan`."""
     outputs = []
     anchor = state
@@ -74,4 +75,4 @@ def memory_scan(
         outputs.append(read_memory((state if read == "causal" else anchor).weights, q))
     if masks.commit_BN is not None:
         state = anchor.where(masks.commit_BN[:, -1], state)
-    return torch.cat(outputs, 2), state
+    return torch.cat(outputs, 2), state if keep_state else None

@@ -27,14 +27,24 @@ def projection_scan(
     start: MemoryState | None = None,
     masks: ChunkMasks | None = None,
     save_every: int = 256,
+    keep_state: bool = True,
     backend: str = "chunked",
 ) -> tuple[Generated, MemoryState | None]:
     """Generate k, v, q, eta and log alpha along a sequence.
 
     inputs: the static streams [B, H, T, K]; readout: parameters of eta and alpha; state: stacked anchors [B, H, S, ...] in the order of
     `stack` (names among k, v, q, eta, alpha), None where the stack is empty. masks.commit_BN and reset_BN have N = ceil(T / chunk).
-    Returns the generated streams and the state after the last chunk.
+    keep_state: whether the state after the last chunk is wanted. Returns the generated streams and that state or None.
     """
     return BACKENDS[backend](
-        inputs, readout, state, rule=rule, stack=stack, chunk=chunk, start=start, masks=masks or ChunkMasks(), save_every=save_every
+        inputs,
+        readout,
+        state,
+        rule=rule,
+        stack=stack,
+        chunk=chunk,
+        start=start,
+        masks=masks or ChunkMasks(),
+        save_every=save_every,
+        keep_state=keep_state,
     )

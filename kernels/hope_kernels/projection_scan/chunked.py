@@ -5,10 +5,11 @@ Legend: B batch, H heads, S stacked memories, C chunk length, K head width; lead
 
 import torch
 
+from hope_kernels import fused
 from hope_kernels.chunk import chunk_terms, decay, end_weight
 from hope_kernels.memory import read_memory, surprise
 from hope_kernels.memory_scan.chunked import segments
-from hope_kernels.projection_scan.generate import SOURCE, Generated, Inputs, Readout, generate
+from hope_kernels.projection_scan.generate import SOURCE, Generated, Inputs, Readout, gates, generate
 from hope_kernels.replay import replay
 from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
 
@@ -24,31 +25,34 @@ def projection_scan(
     start: MemoryState | None,
     masks: ChunkMasks,
     save_every: int,
+    keep_state: bool,
 ) -> tuple[Generated, MemoryState | None]:
     """See `hope_kernels.projection_scan.projection_scan`."""
     streams = {"k": inputs.k, "v": inputs.v, "q": inputs.q}
     if not stack:
         reads = {name: streams[source] for name, source in SOURCE.items()}
         return generate(reads, readout, live=inputs.live, normalize_v=rule.normalize_v), None
+    is_fused = fused.supports(rule)
+    segment = _fused_segment if is_fused else _segment
     given = tuple(t for t in (inputs.k, inputs.v, inputs.q, inputs.live, inputs.log_mu) if t is not None)
-    cuts = segments(given[0].shape[2], chunk, save_every)
+    cuts = segments(inputs.k.shape[2], chunk, save_every)
+    split = [t.split([end - first for first, end, _ in cuts], 2) for t in given]
+    recompute = torch.is_grad_enabled() and len(cuts) > 1 and not (is_fused and fused.keeps_states(state.weights, chunk))
     outputs = []
-    for first, end, size in cuts:
-        window = slice(first, end)
-        chunks = slice(first // chunk, -(-end // chunk))
-        part = ChunkMasks(*(None if m is None else m[:, chunks] for m in (masks.commit_BN, masks.reset_BN)))
+    for window, (first, end, size) in zip(zip(*split, strict=True), cuts, strict=True):
+        part = masks.window(slice(first // chunk, -(-end // chunk)))
+        writes_last = keep_state or end < cuts[-1][1]
         start_tensors = () if part.reset_BN is None else start.tensors()
 
-        def run(*tensors, form=state, size=size, part=part):
-            return _segment(tensors, form, inputs, readout, rule=rule, stack=stack, size=size, masks=part)
+        def run(*tensors, form=state, size=size, part=part, writes_last=writes_last):
+            return segment(tensors, form, inputs, readout, rule=rule, stack=stack, size=size, masks=part, writes_last=writes_last)
 
-        arguments = (*(t[:, :, window] for t in given), *readout.parameters(), *state.tensors(), *start_tensors)
-        recompute = torch.is_grad_enabled() and len(cuts) > 1
+        arguments = (*window, *readout.parameters(), *state.tensors(), *start_tensors)
         results = replay(run, *arguments) if recompute else run(*arguments)
         outputs.append(results[:5])
         state = state.like(tuple(results[5:]))
     joined = [torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*outputs, strict=True)]
-    return Generated(*joined), state
+    return Generated(*joined), state if keep_state else None
 
 
 def _segment(
@@ -61,8 +65,9 @@ def _segment(
     stack: tuple[str, ...],
     size: int,
     masks: ChunkMasks,
+    writes_last: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Whole chunks of length `size`; `tensors` are the given inputs (as in `which`), readout parameters, state and start tensors."""
+    """Whole chunks of length `size`, any rule; `tensors` are the inputs (as in `which`), readout parameters, state and start tensors."""
     rest = iter(tensors)
     streams = [None if t is None else next(rest) for t in (which.k, which.v, which.q, which.live, which.log_mu)]
     readout = readout.like(tuple(next(rest) for _ in range(4)))
@@ -110,3 +115,57 @@ def write_chunk(state: MemoryState, generated: Generated, log_mu: torch.Tensor |
         layer_terms.append(chunk_terms(signals[1].x, terms.decay, erase=rule.erases(1)))
     ends = [end_weight(t, s, w, m) for t, s, w, m in zip(layer_terms, signals, state.weights, slow, strict=True)]
     return MemoryState(tuple(w for w, _ in ends), tuple(m for _, m in ends) if rule.momentum else ())
+
+
+def _fused_segment(
+    tensors: tuple[torch.Tensor, ...],
+    form: MemoryState,
+    which: Inputs,
+    readout: Readout,
+    *,
+    rule: MemoryRule,
+    stack: tuple[str, ...],
+    size: int,
+    masks: ChunkMasks,
+    writes_last: bool,
+) -> tuple[torch.Tensor, ...]:
+    """The same for a rule that `fused` supports: heads are folded into the batch and every memory of the stack is on its own."""
+    batch, heads = tensors[0].shape[:2]
+    k, v, q = (t.flatten(0, 1).split(size, 1) for t in tensors[:3])
+    live = [None] * len(k) if which.live is None else tensors[3].split(size, 2)
+    rest = tensors[3 if which.live is None else 4 :]
+    readout, masks = readout.like(rest[:4]), masks.repeat(heads)
+    memories = _memories(rest[4:6], stack)
+    start = _memories(rest[6:], stack) if masks.reset_BN is not None else {}
+    outputs = []
+    for index, (k_c, v_c, q_c, live_c) in enumerate(zip(k, v, q, live, strict=True)):
+        for name, weights in start.items():
+            memories[name] = fused.choose(masks.reset_BN[:, index], weights, memories[name])
+        k_c, v_c, q_c, *logits = _fused_reads({"k": k_c, "v": v_c, "q": q_c}, memories, readout)
+        eta, log_alpha = gates(*(t.view(batch, heads, size) for t in logits), readout, live=live_c)
+        outputs.append((*(t.unflatten(0, (batch, heads)) for t in (k_c, v_c, q_c)), eta, log_alpha))
+        if index + 1 == len(k) and not writes_last:
+            break
+        terms = fused.terms(k_c, None, eta.flatten(0, 1), log_alpha.flatten(0, 1), erase=rule.erases(0))
+        for name, weights in memories.items():
+            _, after = fused.chunk(k_c, v_c, weights, terms, rule=rule)
+            memories[name] = after if masks.commit_BN is None else fused.choose(masks.commit_BN[:, index], after, weights)
+    joined = [torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in zip(*outputs, strict=True)]
+    ends = [torch.stack(each, 1).unflatten(0, (batch, heads)) for each in zip(*memories.values(), strict=True)]
+    return *joined, *ends
+
+
+def _memories(stacked: tuple[torch.Tensor, ...], stack: tuple[str, ...]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Weights [B, H, S, ...] -> name: (W2, W1) [B * H, ...]."""
+    return dict(zip(stack, zip(*(w.flatten(0, 1).unbind(1) for w in stacked), strict=True), strict=True))
+
+
+def _fused_reads(streams: dict[str, torch.Tensor], memories: dict[str, tuple[torch.Tensor, ...]], readout: Readout) -> list[torch.Tensor]:
+    """k, v, q [L, C, K] and the logits of eta and alpha [L, C, 1] from streams [L, C, K]."""
+    reads = [fused.read(streams[name], *memories[name]) if name in memories else streams[name] for name in ("k", "v", "q")]
+    reads = [fused.unit_length(reads[0]), reads[1], fused.unit_length(reads[2])]
+    for name, weight in (("eta", readout.weight_eta), ("alpha", readout.weight_alpha)):
+        z = streams[SOURCE[name]]
+        column = weight.unsqueeze(-1).repeat(len(z) // len(weight), 1, 1)
+        reads.append(fused.readout(z, *memories[name], column) if name in memories else z @ column)
+    return reads

@@ -73,16 +73,19 @@ class Generated:
 
 def generate(reads: dict[str, torch.Tensor], readout: Readout, *, live: torch.Tensor | None, normalize_v: bool) -> Generated:
     """The streams from what each of k, v, q, eta, alpha read, [B, H, T, K] each."""
-    rate = torch.einsum("bhtk,hk->bht", reads["eta"], readout.weight_eta) + readout.bias_eta.unsqueeze(-1)
-    forget = torch.einsum("bhtk,hk->bht", reads["alpha"], readout.weight_alpha) + readout.bias_alpha.unsqueeze(-1)
-    eta = readout.eta_max * torch.sigmoid(rate)
-    log_alpha = -F.softplus(forget).clamp(max=MAX_FORGET)
+    rate = torch.einsum("bhtk,hk->bht", reads["eta"], readout.weight_eta)
+    forget = torch.einsum("bhtk,hk->bht", reads["alpha"], readout.weight_alpha)
+    value = l2norm(reads["v"]) if normalize_v else reads["v"]
+    return Generated(l2norm(reads["k"]), value, l2norm(reads["q"]), *gates(rate, forget, readout, live=live))
+
+
+def gates(rate: torch.Tensor, forget: torch.Tensor, readout: Readout, *, live: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Learning rate eta and log alpha from their logits before the bias, [B, H, T]."""
+    eta = readout.eta_max * torch.sigmoid(rate + readout.bias_eta.unsqueeze(-1))
+    log_alpha = -F.softplus(forget + readout.bias_alpha.unsqueeze(-1)).clamp(max=MAX_FORGET)
     eta = eta if readout.writes else torch.zeros_like(eta)
     log_alpha = log_alpha if readout.writes and readout.retention else torch.zeros_like(log_alpha)
-    if live is not None:
-        eta, log_alpha = eta * live, log_alpha * live
-    value = l2norm(reads["v"]) if normalize_v else reads["v"]
-    return Generated(l2norm(reads["k"]), value, l2norm(reads["q"]), eta, log_alpha)
+    return (eta, log_alpha) if live is None else (eta * live, log_alpha * live)
 
 
 SOURCE = {"k": "k", "eta": "k", "alpha": "k", "v": "v", "q": "q"}

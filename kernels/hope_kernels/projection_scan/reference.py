@@ -29,6 +29,7 @@ def projection_scan(
     start: MemoryState | None,
     masks: ChunkMasks,
     save_every: int,
+    keep_state: bool,
 ) -> tuple[Generated, MemoryState | None]:
     """See `hope_kernels.projection_scan.projection_scan`."""
     outputs = []
@@ -59,4 +60,4 @@ def projection_scan(
         state = _stack(memories)
     if stack and masks.commit_BN is not None:
         state = anchor.where(masks.commit_BN[:, -1], state)
-    return Generated(*(torch.cat(parts, 2) for parts in zip(*outputs, strict=True))), state
+    return Generated(*(torch.cat(parts, 2) for parts in zip(*outputs, strict=True))), state if keep_state else None

@@ -79,7 +79,7 @@ def test_indivisible_batch_is_refused(corpus):
         Loader(source, config=config, global_batch_size=9, dp_size=2)
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(100)
 def test_killed_worker_is_named(corpus):
     source, config = setup(corpus, num_workers=2)
     with Loader(source, config=config, global_batch_size=4) as loader:
@@ -112,7 +112,7 @@ def alive(pid):
         return False
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(110)
 def test_workers_go_with_a_killed_trainer(corpus, tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     trainer = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(corpus)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
@@ -121,13 +121,13 @@ def test_workers_go_with_a_killed_trainer(corpus, tmp_path):
         workers = [int(pid) for pid in trainer.stdout.readline().split()]
         assert len(workers) == 2 and all(map(alive, workers))
         trainer.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, workers))
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(100)
 def test_error_in_a_worker_arrives_as_it_is(damaged, monkeypatch):
     monkeypatch.setattr("hope_pt.data.shards.CHECK_AT_OPEN_BYTES", 0)
     source, config = setup(damaged, num_workers=1)
@@ -138,14 +138,14 @@ def test_error_in_a_worker_arrives_as_it_is(damaged, monkeypatch):
             next(loader)
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(100)
 def test_closed_loader_leaves_no_process(corpus):
     source, config = setup(corpus, num_workers=2)
     loader = Loader(source, config=config, global_batch_size=4)
     processes = loader._pool._processes
     next(loader)
     loader.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(p.is_alive() for p in processes)

@@ -15,7 +15,7 @@ from hope_pt.data import Loader, open_source, streaming_backend
 from hope_pt.data.streaming_backend import Fetcher, import_streaming, open_streaming
 from hope_pt.errors import DataError
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(110)
 SEQ_LEN = 64
 
 
@@ -105,7 +105,7 @@ def test_bad_remote_shard_is_an_error_in_time(streaming, damaged, tmp_path, dama
     with Loader(source, config=config, global_batch_size=source.num_samples) as loader:
         with pytest.raises(DataError, match=r"train/shard\.00001\.mds"):
             next(loader)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60
     assert not (tmp_path / "cache" / "train" / "shard.00001.mds").exists()
     shard.write_bytes(data)
     assert len(source.read(np.arange(source.num_samples))) == source.num_samples

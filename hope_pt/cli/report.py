@@ -15,13 +15,13 @@ LOG = logging.getLogger(__name__)
 def run(arguments: argparse.Namespace) -> None:
     """Writes the page, or stores the run's curve, and prints the path."""
     directory = Path(arguments.run)
+    curves = [load_curve(path) for path in (directory, *arguments.others, *arguments.compare)]
     if arguments.store_curve:
-        store_curve(load_curve(directory), arguments.store_curve)
+        store_curve(curves[0], arguments.store_curve)
         print(arguments.store_curve)
         return
-    others = [Path(path) for path in (*arguments.others, *arguments.compare)]
     out = Path(arguments.out) if arguments.out else None
-    print(write_report(directory, compare=others, samples=_samples(directory), out=out))
+    print(write_report(directory, curves=curves, samples=_samples(directory), out=out))
 
 
 def _samples(directory: Path) -> list[Sample]:

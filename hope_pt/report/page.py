@@ -12,7 +12,7 @@ from hope_pt.checkpoint.files import replace_text
 from hope_pt.config import diff, to_toml
 from hope_pt.errors import HopeError
 from hope_pt.report import plots
-from hope_pt.report.curves import Curve, load_curve
+from hope_pt.report.curves import Curve
 from hope_pt.report.samples import Sample
 from hope_pt.report.tables import comparison, headline
 
@@ -61,9 +61,8 @@ summary { cursor: pointer; color: #0b6e6e; }
 """
 
 
-def write_report(run: Path, *, compare: Sequence[Path] = (), samples: Sequence[Sample] = (), out: Path | None = None) -> Path:
-    """Writes the page of run directory `run` and returns its path; raises HopeError for inputs that are not what they should be."""
-    curves = [load_curve(run), *(load_curve(path) for path in compare)]
+def write_report(run: Path, *, curves: Sequence[Curve], samples: Sequence[Sample] = (), out: Path | None = None) -> Path:
+    """Writes the page of run directory `run`, whose curve is the first of `curves`; raises HopeError if it cannot be written."""
     code = run / "code.txt"
     version = code.read_text(encoding="utf-8", errors="replace") if code.exists() else ""
     path = out or run / "report.html"
@@ -80,9 +79,7 @@ def page(curves: Sequence[Curve], *, samples: Sequence[Sample] = (), code: str =
     loss = plots.lines(curves, key="loss", title="Training loss", unit="nats / token", smooth=True, wide=True)
     commit = code.splitlines()[1] if code.count("\n") else "unknown"
     sections = [
-        _section(
-            "Loss", plots.lines(curves, key="loss", title="Training loss", unit="nats / token", smooth=True, wide=True) + _heldout(curves)
-        ),
+        _section("Loss", loss + _heldout(curves)),
         _section("Loss by position in the document", plots.by_context(curves, title="Held-out loss by context")),
         _section("Tasks", _tasks(curves)),
         _section("Comparison", comparison(curves) if len(curves) > 1 else ""),

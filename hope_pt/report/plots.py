@@ -99,9 +99,10 @@ def heat_map(curve: Curve, *, measure: str, title: str) -> str:
     layers = sorted({int(key.split("/")[1].removeprefix("layer")) for key in curve.keys("memory/layer") if key.endswith(f"/{measure}")})
     if not layers:
         return ""
-    columns = [curve.series(f"memory/layer{layer}/{measure}") for layer in layers]
-    steps = columns[0][0]
-    values = np.array([series for _, series in columns])
+    columns = [dict(zip(*curve.series(f"memory/layer{layer}/{measure}"), strict=True)) for layer in layers]
+    steps = sorted(set().union(*columns))
+    # A value that was not finite was not written, and stays blank.
+    values = np.array([[column.get(step, np.nan) for step in steps] for column in columns])
 
     def draw(axes: Axes) -> None:
         image = axes.imshow(values, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest")
@@ -133,6 +134,6 @@ def _svg(draw, *, title: str, size: tuple[float, float]) -> str:
         draw(axes)
         axes.set_title(title)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

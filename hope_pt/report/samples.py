@@ -9,7 +9,7 @@ from hope_pt.evals.generation import stream
 from hope_pt.train.trained import load_trained
 
 PROMPTS = ("", "The ", "It was ")
-TOKENS = 80
+TOKENS = 60
 TEMPERATURE = 0.8
 
 

@@ -1,6 +1,7 @@
 """Calls a measuring function at intervals and writes its values to the sinks: evaluations and memory diagnostics."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -43,8 +44,13 @@ class MeasureHook(Hook):
     def _run(self, step: int) -> None:
         began = time.perf_counter()
         values = self._measure()
+        bad = [key for key, value in values.items() if not math.isfinite(value)]
+        if bad:
+            LOG.warning("step %d: not finite: %s", step, ", ".join(bad))
         for sink in self._sinks:
-            sink.write(step=step, values={**values})
+            # JSON has neither infinity nor NaN.
+            sink.write(step=step, values={key: None if key in bad else value for key, value in values.items()})
         if self._announce and self._sinks:
-            shown = "  ".join(f"{key.removeprefix('eval/')} {value:.4g}" for key, value in values.items() if key.count("/") == 1)
+            headlines = {key.removeprefix("eval/"): value for key, value in values.items() if key.count("/") == 1 and key not in bad}
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in headlines.items())
             LOG.info("step %d: %s (%.1f s)", step, shown, time.perf_counter() - began)

@@ -30,9 +30,7 @@ def case(rule: MemoryRule, **options) -> tuple[dict[str, torch.Tensor], MemorySt
 def scan(leaves, state, rule, *, chunk, backend="chunked", read="causal"):
     """(y, end state) of a memory scan over the leaves."""
     q, k, v, eta, log_alpha = (leaves[name] for name in ("q", "k", "v", "eta", "log_alpha"))
-    return memory_scan(
-        q, k, v, eta, log_alpha, state, rule=rule, chunk=chunk, log_mu_BHT=leaves.get("log_mu"), read=read, backend=backend
-    )
+    return memory_scan(q, k, v, eta, log_alpha, state, rule=rule, chunk=chunk, log_mu_BHT=leaves.get("log_mu"), read=read, backend=backend)
 
 
 def tokens(leaves):

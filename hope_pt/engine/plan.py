@@ -69,6 +69,7 @@ def start(config: RunConfig, *, launch: Launch | None = None) -> Plan:
     launch = launch or Launch()
     dp_size = check_layout(config, world_size=launch.world_size)
     device = _device(config, local_rank=launch.local_rank)
+    found = capabilities()
     if dist.is_initialized():
         raise ParallelError(f"rank {launch.rank}: torch.distributed is already initialised in this process; call engine.stop first")
     if config.engine.threads:
@@ -78,7 +79,6 @@ def start(config: RunConfig, *, launch: Launch | None = None) -> Plan:
     _join(config, device, launch)
     _initialize_model_parallel(config)
     groups = _groups()
-    found = capabilities()
     if launch.rank == 0:
         _LOG.info("engine: %d x %s, %s", launch.world_size, device.type, found)
     return Plan(

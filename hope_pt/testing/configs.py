@@ -44,6 +44,6 @@ def tiny_run(
         model=model or tiny_model(),
         data=DataConfig(source="mqar", seq_len=seq_len),
         optim=OptimConfig(lr=lr, warmup_steps=2, clip=clip),
-        engine=EngineConfig(micro_batch_size=micro_batch_size, precision=precision, device="cpu", timeout_s=60),
+        engine=EngineConfig(micro_batch_size=micro_batch_size, precision=precision, device="cpu", timeout_s=90),
         train=TrainConfig(steps=steps, global_batch_size=global_batch_size),
     )

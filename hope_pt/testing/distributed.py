@@ -6,6 +6,7 @@ behind, whatever happens to the parent. Linux, CPU only: a process that has used
 """
 
 import ctypes
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -15,7 +16,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,37 +34,46 @@ def run_distributed(func: Callable[..., Any], *, world_size: int, timeout_s: flo
     """Call `func(launch, *args)` on `world_size` forked processes and return the results by rank.
 
     `launch` is a `hope_pt.engine.Launch` with an address of its own for this call. Results must be picklable (tensors are copied).
-    ParallelError names the first rank that failed, with its traceback, or the ranks that were still running after `timeout_s` seconds;
-    all workers have been killed and waited for when it is raised.
+    ParallelError names the first rank that failed, with its traceback, or the ranks that were still running after `timeout_s` seconds,
+    with their stacks; all workers have been killed and waited for when it is raised.
     """
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory(prefix="hope-distributed-") as folder:
-        address = f"file://{Path(folder) / 'store'}"
-        readers, workers = [], []
+    workers: list[_Worker] = []
+    # Garbage of the parent must not be collected in a child: destructors of its process groups wait for threads that only it has.
+    gc.collect()
+    gc.freeze()
+    with tempfile.TemporaryDirectory(prefix="hope-distributed-") as name:
+        folder = Path(name)
         try:
             for rank in range(world_size):
-                launch = Launch(rank=rank, world_size=world_size, local_rank=rank, master_addr=address)
+                launch = Launch(rank=rank, world_size=world_size, local_rank=rank, master_addr=f"file://{folder / 'store'}")
                 reader, writer = context.Pipe(duplex=False)
-                worker = context.Process(target=_worker, args=(func, launch, args, writer))
-                worker.start()
+                process = context.Process(target=_work, args=(func, launch, args, writer, folder))
+                process.start()
                 writer.close()
-                readers.append(reader)
-                workers.append(worker)
-            return _collect(readers, timeout_s=timeout_s)
+                workers.append(_Worker(process, reader))
+            return _collect(workers, timeout_s=timeout_s, folder=folder)
         finally:
+            gc.unfreeze()
             for worker in workers:
-                worker.kill()
-                worker.join()
-            for reader in readers:
-                reader.close()
+                worker.process.kill()
+                worker.process.join()
+                worker.reader.close()
 
 
-def _worker(func: Callable[..., Any], launch: Launch, args: tuple, writer: Connection) -> None:
+@dataclass(frozen=True)
+class _Worker:
+    process: BaseProcess
+    reader: Connection
+
+
+def _work(func: Callable[..., Any], launch: Launch, args: tuple, writer: Connection, folder: Path) -> None:
     # The kernel kills this process when the parent dies, however it dies.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Threads of the parent do not survive the fork: neither its pool, nor those that destructors of its garbage would wait for.
+    stacks = _stack_file(folder, launch.rank).open("w")
+    faulthandler.register(signal.SIGUSR1, file=stacks)
+    # The parent's thread pool does not survive the fork.
     torch.set_num_threads(1)
-    gc.freeze()
     try:
         message = (True, func(launch, *args))
     except BaseException:
@@ -71,22 +83,36 @@ def _worker(func: Callable[..., Any], launch: Launch, args: tuple, writer: Conne
     os._exit(0)
 
 
-def _collect(readers: Sequence[Connection], *, timeout_s: float) -> list[Any]:
+def _collect(workers: Sequence[_Worker], *, timeout_s: float, folder: Path) -> list[Any]:
     deadline = time.monotonic() + timeout_s
     results: dict[int, Any] = {}
-    while len(results) < len(readers):
-        pending = [reader for rank, reader in enumerate(readers) if rank not in results]
+    while len(results) < len(workers):
+        pending = [worker.reader for rank, worker in enumerate(workers) if rank not in results]
         ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            late = [rank for rank in range(len(readers)) if rank not in results]
-            raise ParallelError(f"ranks {late} of {len(readers)} were still running after {timeout_s} s; killed")
-        for rank in (rank for rank, reader in enumerate(readers) if reader in ready):
+            late = [rank for rank in range(len(workers)) if rank not in results]
+            where = _stacks(workers, late=late, folder=folder)
+            raise ParallelError(f"ranks {late} of {len(workers)} were still running after {timeout_s} s; killed\n{where}")
+        for rank in (rank for rank, worker in enumerate(workers) if worker.reader in ready):
             try:
-                # Written by _worker of this call, in a pipe that nobody else holds.
-                succeeded, value = pickle.loads(readers[rank].recv_bytes())  # noqa: S301
+                # Written by _work of this call, in a pipe that nobody else holds.
+                succeeded, value = pickle.loads(workers[rank].reader.recv_bytes())  # noqa: S301
             except EOFError:
-                raise ParallelError(f"rank {rank} of {len(readers)} died without a result (killed, or crashed in native code)") from None
+                raise ParallelError(f"rank {rank} of {len(workers)} died without a result (killed, or crashed in native code)") from None
             if not succeeded:
-                raise ParallelError(f"rank {rank} of {len(readers)} failed:\n{value}")
+                raise ParallelError(f"rank {rank} of {len(workers)} failed:\n{value}")
             results[rank] = value
-    return [results[rank] for rank in range(len(readers))]
+    return [results[rank] for rank in range(len(workers))]
+
+
+def _stacks(workers: Sequence[_Worker], *, late: Sequence[int], folder: Path) -> str:
+    """The Python stacks of the late ranks, as far as they can still write them."""
+    ready = [rank for rank in late if _stack_file(folder, rank).exists()]
+    for rank in ready:
+        os.kill(workers[rank].process.pid, signal.SIGUSR1)
+    time.sleep(0.5)
+    return "\n".join(f"rank {rank}:\n{_stack_file(folder, rank).read_text()}" for rank in ready)
+
+
+def _stack_file(folder: Path, rank: int) -> Path:
+    return folder / f"stack-{rank}.txt"

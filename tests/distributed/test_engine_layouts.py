@@ -8,7 +8,7 @@ import functools
 
 import pytest
 
-from hope_pt import engine
+from hope_pt.engine import Launch, TrainEngine, start, stop
 from hope_pt.errors import ConfigError, DataError, ParallelError
 from hope_pt.testing import GRADIENT, LAYOUT, difference, random_batch, run_distributed, tiny_model, tiny_run, worst_difference
 
@@ -28,22 +28,22 @@ def batch_at(config, step):
 
 def train(launch, config):
     """Losses, gradient norms, the first step's gradients and the final parameters, as one rank sees them."""
-    plan = engine.start(config, launch=launch)
-    trainer = engine.TrainEngine(config, plan)
+    plan = start(config, launch=launch)
+    trainer = TrainEngine(config, plan)
     results, gradients = [], {}
     for step in range(STEPS):
         results.append(trainer.step(batch_at(config, step).part(dp_rank=plan.dp_rank, dp_size=plan.dp_size)))
         if not gradients:
             gradients = {name: parameter.main_grad.clone() for name, parameter in trainer.parameters.items()}
     weights, (state, _) = trainer.export(), trainer.state()
-    engine.stop(plan)
+    stop(plan)
     pending = {name: tensor for name, tensor in state.items() if name.endswith("accumulated")}
     return {"results": results, "gradients": gradients, "weights": weights, "pending": pending}
 
 
 @functools.cache
 def one_process(mixer):
-    return train(engine.Launch(), config_for(mixer))
+    return train(Launch(), config_for(mixer))
 
 
 def assert_equal_runs(run, reference):
@@ -60,7 +60,7 @@ def assert_equal_runs(run, reference):
 @pytest.mark.parametrize("dp_size", [2, 4])
 @pytest.mark.parametrize("mixer", ["titans", "attention"])
 def test_data_parallel_ranks_compute_what_one_process_computes(mixer, dp_size):
-    ranks = run_distributed(train, world_size=dp_size, timeout_s=60, args=(config_for(mixer),))
+    ranks = run_distributed(train, world_size=dp_size, timeout_s=75, args=(config_for(mixer),))
     for run in ranks:
         assert_equal_runs(run, one_process(mixer))
         assert [result.loss for result in run["results"]] == [result.loss for result in ranks[0]["results"]]
@@ -70,7 +70,7 @@ def test_data_parallel_ranks_compute_what_one_process_computes(mixer, dp_size):
 @pytest.mark.parametrize("micro_batch_size", [2, 4])
 @pytest.mark.parametrize("mixer", ["titans", "attention"])
 def test_micro_batches_do_not_change_the_step(mixer, micro_batch_size):
-    assert_equal_runs(train(engine.Launch(), config_for(mixer, micro_batch_size=micro_batch_size)), one_process(mixer))
+    assert_equal_runs(train(Launch(), config_for(mixer, micro_batch_size=micro_batch_size)), one_process(mixer))
 
 
 def test_the_reference_run_moves_every_level_as_its_clock_says():
@@ -87,28 +87,28 @@ def test_other_axes_are_refused_by_name(key, words):
     config = config_for()
     config = config.model_copy(update={"engine": config.engine.model_copy(update={key: 2})})
     with pytest.raises(ParallelError, match=rf"engine\.{key} = 2: {words}"):
-        engine.start(config)
+        start(config)
 
 
 def test_a_global_batch_that_cannot_be_divided_is_refused():
     with pytest.raises(ConfigError, match=r"train\.global_batch_size = 4 is not a multiple of 3"):
-        engine.start(config_for(), launch=engine.Launch(rank=0, world_size=3))
+        start(config_for(), launch=Launch(rank=0, world_size=3))
 
 
 def test_a_second_engine_needs_the_first_to_stop():
-    plan = engine.start(config_for())
+    plan = start(config_for())
     try:
         with pytest.raises(ParallelError, match=r"call engine\.stop first"):
-            engine.start(config_for())
+            start(config_for())
     finally:
-        engine.stop(plan)
+        stop(plan)
 
 
 def test_rows_that_do_not_match_the_plan_are_refused():
     config = config_for()
-    plan = engine.start(config)
+    plan = start(config)
     try:
-        trainer = engine.TrainEngine(config, plan)
+        trainer = TrainEngine(config, plan)
         with pytest.raises(DataError, match="rank 0 was given 2 rows"):
             trainer.step(batch_at(config, 0).part(dp_rank=0, dp_size=2))
         empty = batch_at(config, 0)
@@ -116,12 +116,12 @@ def test_rows_that_do_not_match_the_plan_are_refused():
         with pytest.raises(DataError, match="no token of the global batch"):
             trainer.step(empty)
     finally:
-        engine.stop(plan)
+        stop(plan)
 
 
 def one_rank_leaves(launch, config):
-    plan = engine.start(config, launch=launch)
-    trainer = engine.TrainEngine(config, plan)
+    plan = start(config, launch=launch)
+    trainer = TrainEngine(config, plan)
     if plan.rank == 1:
         return ""
     try:
@@ -132,5 +132,5 @@ def one_rank_leaves(launch, config):
 
 
 def test_a_failed_collective_names_the_rank():
-    message, _ = run_distributed(one_rank_leaves, world_size=2, timeout_s=60, args=(config_for(),))
+    message, _ = run_distributed(one_rank_leaves, world_size=2, timeout_s=75, args=(config_for(),))
     assert message.startswith("rank 0 of 2: a collective failed: ")

@@ -5,18 +5,18 @@ import contextlib
 import pytest
 import torch
 
-from hope_pt import engine
+from hope_pt.engine import TrainEngine, start, stop
 from hope_pt.nn import HopeLM
 from hope_pt.testing import EXACT, GRADIENT, LAYOUT, difference, random_batch, tiny_model, tiny_run, worst_difference
 
 
 @contextlib.contextmanager
 def running(config):
-    plan = engine.start(config)
+    plan = start(config)
     try:
-        yield engine.TrainEngine(config, plan)
+        yield TrainEngine(config, plan)
     finally:
-        engine.stop(plan)
+        stop(plan)
 
 
 def batch_for(config, *, seed=0):

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from hope_pt import engine
+from hope_pt.engine import TrainEngine, start, stop
 from hope_pt.errors import CheckpointError
 from hope_pt.nn.init import init_tensor
 from hope_pt.testing import EXACT, LAYOUT, difference, random_batch, run_distributed, tiny_model, tiny_run
@@ -16,11 +16,11 @@ STEPS = 7
 
 @contextlib.contextmanager
 def running(config, *, launch=None):
-    plan = engine.start(config, launch=launch)
+    plan = start(config, launch=launch)
     try:
-        yield engine.TrainEngine(config, plan)
+        yield TrainEngine(config, plan)
     finally:
-        engine.stop(plan)
+        stop(plan)
 
 
 def batch_at(config, step):
@@ -80,7 +80,7 @@ def test_a_state_loads_into_another_layout():
         advance(trainer, range(3))
         tensors, scalars = trainer.state()
         losses = advance(trainer, range(3, 5))
-    for rank_losses in run_distributed(continue_on_two, world_size=2, timeout_s=60, args=(config, tensors, scalars)):
+    for rank_losses in run_distributed(continue_on_two, world_size=2, timeout_s=75, args=(config, tensors, scalars)):
         assert rank_losses == pytest.approx(losses, rel=LAYOUT)
 
 

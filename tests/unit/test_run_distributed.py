@@ -47,8 +47,8 @@ def one_rank_sleeps(launch):
 
 def test_a_rank_that_hangs_is_killed_and_named():
     began = time.monotonic()
-    with pytest.raises(ParallelError, match=r"ranks \[1\] of 2 were still running after 1.0 s"):
-        run_distributed(one_rank_sleeps, world_size=2, timeout_s=1.0)
+    with pytest.raises(ParallelError, match=r"^ranks \[1\] of 2 were still running after 3.0 s(.|\n)*one_rank_sleeps"):
+        run_distributed(one_rank_sleeps, world_size=2, timeout_s=3.0)
     assert time.monotonic() - began < 30
     assert not children()
 

@@ -25,7 +25,7 @@ silu_backward_into = torch.ops.aten.silu_backward.grad_input
 
 def supports(rule: MemoryRule) -> bool:
     """Whether this module computes the rule; `chunk.py` computes every rule."""
-    return rule.memory == "mlp" and rule.objective != "dot" and not (rule.momentum or rule.normalize_v or rule.erases(1))
+    return rule.memory == "mlp" and rule.objective != "dot" and not (rule.momentum or rule.erases(1))
 
 
 def keeps_states(weights: tuple[torch.Tensor, ...], chunk: int) -> bool:
@@ -234,9 +234,9 @@ def _tokens(k: torch.Tensor, v: torch.Tensor, queries: torch.Tensor | None, rule
 class _Chunk(torch.autograd.Function):
     """See `chunk`.
 
-    With h = silu(pre), at the anchors W2 and W1, since M(k) and the target M(v) share W1:
+    With h = silu(pre) at the anchors W2 and W1, and the target M(v) (or v) of unit length where the rule normalises it:
 
-    pre = x W2^T for x = k, v, q          E = bounded(k - v + (h_k - h_v) W1^T)        back = E W1
+    pre = x W2^T for x = k, v, q          E = bounded(k + h_k W1^T - target)           back = E W1
     delta = bounded(back * silu'(pre_k))  R = g_prev pre_k + delta
     z = g pre_q - M R                     out = q + g silu(z) W1^T - (n o silu(z) h_k^T) E
     W2_C = g_C W2 - R^T Y                 W1_C = g_C W1 - (w E)^T h_k
@@ -250,9 +250,12 @@ class _Chunk(torch.autograd.Function):
         pre_k = pre[:, :size]
         hidden = F.silu(pre[:, : 2 * size] if rule.self_target else pre_k)
         hidden_k = hidden[:, :size]
-        gap = hidden_k - hidden[:, size:] if rule.self_target else hidden_k
-        error = (k - v).baddbmm_(gap, w1.mT)
+        target = torch.baddbmm(v, hidden[:, size:], w1.mT) if rule.self_target else v
+        target_scale = _dot(target, target).add_(L2_EPS).rsqrt_() if rule.normalize_v else None
+        target = target if target_scale is None else target * target_scale
+        error = torch.baddbmm(k, hidden_k, w1.mT).sub_(target)
         error_scale = _bound(error, rule)
+        target = None if target_scale is None else target
         back = torch.bmm(error, w1)
         delta = torch.ops.aten.silu_backward(back, pre_k)
         delta_scale = _bound(delta, rule)
@@ -267,14 +270,14 @@ class _Chunk(torch.autograd.Function):
             w2_end = (g_end * w2).baddbmm_(residual.mT, y, alpha=-1)
             w1_end = (g_end * w1).baddbmm_((w * error).mT, hidden_k, alpha=-1)
         ctx.rule = rule
-        ctx.save_for_backward(k, v, queries, w2, w1, *decays, pre, error, error_scale, back, delta, delta_scale, z, scores)
+        ctx.save_for_backward(k, v, queries, w2, w1, *decays, pre, target, target_scale, error, error_scale, back, delta, delta_scale, z, scores)
         return out, w2_end, w1_end
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_w2_end, d_w1_end):
         rule, (k, v, queries, w2, w1, g, g_prev, g_end, w, y, m, n, *saved) = ctx.rule, ctx.saved_tensors
-        pre, error, error_scale, back, delta, delta_scale, z, scores = saved
+        pre, target, target_scale, error, error_scale, back, delta, delta_scale, z, scores = saved
         size = k.shape[1]
         pre_k = pre[:, :size]
         sigmoid = torch.sigmoid(pre[:, : 2 * size] if rule.self_target else pre_k)
@@ -307,15 +310,18 @@ class _Chunk(torch.autograd.Function):
         d_back = d_inner.mul_(slope_k)
         d_w1.baddbmm_(error.mT, d_back)
         d_error = _bound_backward(d_error.baddbmm_(d_back, w1.mT), error, error_scale, rule)
-        d_gap = torch.bmm(d_error, w1)
-        d_w1.baddbmm_(d_error.mT, hidden_k - hidden[:, size:] if rule.self_target else hidden_k)
-        d_pre_k.addcmul_(d_hidden_k.add_(d_gap), slope_k)
+        d_w1.baddbmm_(d_error.mT, hidden_k)
+        d_pre_k.addcmul_(d_hidden_k.baddbmm_(d_error, w1), slope_k)
+        d_target = d_error.neg()
+        if target_scale is not None:
+            d_target.addcmul_(target, _dot(target, d_target), value=-1).mul_(target_scale)
         if rule.self_target:
-            torch.mul(d_gap.neg_(), slope[:, size:], out=d_pre[:, size : 2 * size])
+            d_w1.baddbmm_(d_target.mT, hidden[:, size:])
+            torch.mul(torch.bmm(d_target, w1), slope[:, size:], out=d_pre[:, size : 2 * size])
         d_w2.baddbmm_(d_pre.mT, _tokens(k, v, queries, rule))
         d_tokens = torch.bmm(d_pre, w2)
         d_k = d_tokens[:, :size].add_(d_error)
-        d_v = d_tokens[:, size : 2 * size].sub_(d_error) if rule.self_target else d_error.neg()
+        d_v = d_tokens[:, size : 2 * size].add_(d_target) if rule.self_target else d_target
         d_q = None if queries is None else d_tokens[:, -size:].add_(d_out)
         return d_k, d_v, d_q, d_w2, d_w1, None, None, d_g, d_g_prev, d_g_end, d_w, d_y, d_m, d_n
 

@@ -141,7 +141,7 @@ def _fused_segment(
     for index, (k_c, v_c, q_c, live_c) in enumerate(zip(k, v, q, live, strict=True)):
         for name, weights in start.items():
             memories[name] = fused.choose(masks.reset_BN[:, index], weights, memories[name])
-        k_c, v_c, q_c, *logits = _fused_reads({"k": k_c, "v": v_c, "q": q_c}, memories, readout)
+        k_c, v_c, q_c, *logits = _fused_reads({"k": k_c, "v": v_c, "q": q_c}, memories, readout, normalize_v=rule.normalize_v)
         eta, log_alpha = gates(*(t.view(batch, heads, size) for t in logits), readout, live=live_c)
         outputs.append((*(t.unflatten(0, (batch, heads)) for t in (k_c, v_c, q_c)), eta, log_alpha))
         if index + 1 == len(k) and not writes_last:
@@ -160,10 +160,12 @@ def _memories(stacked: tuple[torch.Tensor, ...], stack: tuple[str, ...]) -> dict
     return dict(zip(stack, zip(*(w.flatten(0, 1).unbind(1) for w in stacked), strict=True), strict=True))
 
 
-def _fused_reads(streams: dict[str, torch.Tensor], memories: dict[str, tuple[torch.Tensor, ...]], readout: Readout) -> list[torch.Tensor]:
+def _fused_reads(
+    streams: dict[str, torch.Tensor], memories: dict[str, tuple[torch.Tensor, ...]], readout: Readout, *, normalize_v: bool
+) -> list[torch.Tensor]:
     """k, v, q [L, C, K] and the logits of eta and alpha [L, C, 1] from streams [L, C, K]."""
     reads = [fused.read(streams[name], *memories[name]) if name in memories else streams[name] for name in ("k", "v", "q")]
-    reads = [fused.unit_length(reads[0]), reads[1], fused.unit_length(reads[2])]
+    reads = [fused.unit_length(reads[0]), fused.unit_length(reads[1]) if normalize_v else reads[1], fused.unit_length(reads[2])]
     for name, weight in (("eta", readout.weight_eta), ("alpha", readout.weight_alpha)):
         z = streams[SOURCE[name]]
         column = weight.unsqueeze(-1).repeat(len(z) // len(weight), 1, 1)

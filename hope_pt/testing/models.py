@@ -42,7 +42,7 @@ def small_lm(preset: str = "fast", *, noise: float = 0.1, **titans: Any) -> Hope
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += noise * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(noise * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return model
 
 

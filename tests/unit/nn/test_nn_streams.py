@@ -6,7 +6,7 @@ import torch
 from hope_pt.errors import CheckpointError
 from hope_pt.nn import HopeLM, LMState
 from hope_pt.testing.models import PRESETS, random_tokens, small_config, small_lm
-from hope_pt.testing.scans import REPEAT
+from hope_pt.testing.scans import REPEAT, SCAN
 
 ALL_PRESETS = [*PRESETS, "attention"]
 LENGTH = 21
@@ -228,3 +228,19 @@ def test_the_default_presets_split_anywhere():
                 first, state = model(tokens[:, :split], return_state=True)
                 second, _ = model(tokens[:, split:], state=state)
                 torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_training_pass_has_the_gradients_of_the_token_recurrence(preset):
+    """The whole model as it trains (no state kept, replays between saved states) against itself on the reference scans."""
+    tokens = random_tokens(2, LENGTH)
+    weight = torch.randn(2, LENGTH, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = []
+    for backend in ("chunked", "reference"):
+        model = small_lm(preset, backend=backend)
+        y, _ = model(tokens)
+        gradients.append((y, *torch.autograd.grad((y * weight).sum(), list(model.parameters()))))
+    names = ["logits", *(name for name, _ in model.named_parameters())]
+    for name, got, wanted in zip(names, *gradients, strict=True):
+        error = (got - wanted).norm() / wanted.norm().clamp_min(1e-3)
+        assert error <= SCAN, f"{name}: {error:.1e}"

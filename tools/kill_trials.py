@@ -150,7 +150,7 @@ def _record_batches(path: Path) -> None:
         os.write(ledger, f"{self.consumed} {digest}\n".encode())
         return batch
 
-    data.Loader.__next__ = recorded
+    data.Loader.__next__ = recorded  # type: ignore[method-assign]
 
 
 def _kill(child: int, *, run: Path, draw: random.Random, duration: float) -> str:

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from hope_pt.report.curves import Curve
 
 COLOURS = ("#0b6e6e", "#c8553d", "#5b5f97", "#d9a404", "#6a994e", "#8d6a9f", "#3a86c8", "#7f7f7f")
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 9,
     "axes.spines.top": False,
@@ -41,7 +42,7 @@ def lines(curves: Sequence[Curve], *, key: str, title: str, unit: str, log: bool
             colour = COLOURS[index % len(COLOURS)]
             if smooth and len(values) > 20:
                 axes.plot(steps, values, color=colour, alpha=0.18, linewidth=0.8)
-                values = running_mean(values, window=max(2, len(values) // 40))
+                values = running_mean(values, window=max(2, len(values) // 40)).tolist()
             axes.plot(steps, values, color=colour, label=curves[index].name, marker="o" if len(values) < 20 else None, markersize=3)
         if log:
             axes.set_yscale("log")
@@ -128,7 +129,8 @@ def running_mean(values: Sequence[float], *, window: int) -> np.ndarray:
 def _svg(draw, *, title: str, size: tuple[float, float]) -> str:
     """One figure with one pair of axes, drawn by `draw`."""
     # The salt makes the identifiers inside the picture differ between the pictures of a page, and repeat from page to page.
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
+    style: Any = STYLE | {"svg.hashsalt": title}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)

@@ -1,6 +1,7 @@
 """The numbers at the top of a report, and the table of compared curves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 
 from hope_pt.report.curves import Curve
@@ -42,15 +43,15 @@ def comparison(curves: Sequence[Curve]) -> str:
     """One row a curve: final losses, tasks, speed; a column that nobody has is left out."""
     contexts = curves[0].keys("eval/loss_at_context/")
     picked = [contexts[0], contexts[len(contexts) // 2], contexts[-1]] if len(contexts) > 2 else contexts
-    columns = {
+    columns: dict[str, Callable[[Curve], float | None]] = {
         "steps": lambda curve: curve.last("step"),
         "training loss": final_loss,
         "held-out loss": lambda curve: curve.last("eval/loss"),
         "bits / byte": lambda curve: curve.last("eval/bits_per_byte"),
-        **{f"at {key.rpartition('/')[2]}": lambda curve, key=key: curve.last(key) for key in picked},
+        **{f"at {key.rpartition('/')[2]}": partial(Curve.last, key=key) for key in picked},
         "passkey": lambda curve: curve.last("eval/passkey_accuracy"),
         "recall": lambda curve: curve.last("eval/recall_accuracy"),
-        "tokens / s": lambda curve: _speed(curve),
+        "tokens / s": _speed,
     }
     kept = {name: [value(curve) for curve in curves] for name, value in columns.items()}
     kept = {name: values for name, values in kept.items() if any(value is not None for value in values)}

@@ -40,9 +40,10 @@ def open_wandb(config: RunConfig, *, directory: Path, module: Any = None) -> Wan
     """
     if module is None:
         try:
-            import wandb as module
+            import wandb
         except ImportError as error:
             raise ConfigError('track.wandb = true but wandb is not installed; pip install "hope-pt[track]" or set it to false') from error
+        module = wandb
     try:
         run = module.init(
             project=config.track.wandb_project,

@@ -9,15 +9,15 @@ Legend: B batch, T tokens, G grid slots, H heads, S stacked memories, K head wid
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from hope_kernels.backend import choose
 from hope_kernels.memory_scan import BACKENDS, memory_scan
 from hope_kernels.projection_scan import Generated, Inputs, Readout, projection_scan
 from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
-from torch import nn
-
 from hope_pt.config.schema import ModelConfig, TitansConfig
 from hope_pt.nn.layout import Layout, take
-from hope_pt.nn.parts import rms_norm
+from hope_pt.nn.pointwise import conv_silu, norm_gate
 from hope_pt.nn.state import LayerState
 
 
@@ -76,23 +76,30 @@ class TitansCore(nn.Module):
     def forward(self, projected_BTP: torch.Tensor, *, state: LayerState | None = None, layout: Layout | None = None):
         """(y [B, T, H * K], the new state or None without one). layout: None for fresh full rows."""
         x_BTHP = projected_BTP.unflatten(-1, (self.num_heads, self.features_per_head))
-        gate = x_BTHP[..., 3 * self.head_width : 4 * self.head_width]
-        inputs, tail, opened = self.streams(x_BTHP, state, layout)
+        qkv, gate, *logit = x_BTHP.split([3 * self.head_width, self.head_width, *([1] if self.rule.momentum else [])], -1)
+        inputs, tail, opened = self._streams(qkv, logit[0].squeeze(-1) if logit else None, state, layout)
         generated, memory = self._scans(inputs, state, layout, keep=state is not None)
         y_BTHK = generated.transpose(1, 2)
         if layout is not None:
             y_BTHK = layout.from_grid(y_BTHK)
-        y = rms_norm(y_BTHK, self.out_norm, eps=self.norm_eps) * F.silu(gate.to(y_BTHK.dtype))
+        y = norm_gate(y_BTHK, self.out_norm.to(y_BTHK.dtype), gate.to(y_BTHK.dtype), eps=self.norm_eps)
         new_state = None if state is None else {**memory, "tail": tail, **opened}
         return y.flatten(2).to(projected_BTP.dtype), new_state
 
     def streams(self, x_BTHP: torch.Tensor, state: LayerState | None, layout: Layout | None):
         """Convolved static streams on the grid as scan inputs, the new convolution tail, and the open part of the last chunk."""
-        wide = torch.promote_types(x_BTHP.dtype, torch.float32)
-        qkv = x_BTHP[..., : 3 * self.head_width].to(wide)
-        conv, tail = causal_conv(qkv, self.conv_weight.to(wide), None if state is None else state["tail"], layout)
-        streams = F.silu(conv)
-        mu = F.logsigmoid(x_BTHP[..., -1].to(wide) + self.mu_bias.to(wide)) if self.rule.momentum else None
+        logit_BTH = x_BTHP[..., -1] if self.rule.momentum else None
+        return self._streams(x_BTHP[..., : 3 * self.head_width], logit_BTH, state, layout)
+
+    def _streams(self, qkv_BTHX: torch.Tensor, logit_BTH: torch.Tensor | None, state: LayerState | None, layout: Layout | None):
+        wide = torch.promote_types(qkv_BTHX.dtype, torch.float32)
+        weight, tail = self.conv_weight.to(wide), None
+        if layout is None:
+            streams = conv_silu(qkv_BTHX.to(wide), weight)
+        else:
+            conv, tail = causal_conv(qkv_BTHX.to(wide), weight, None if state is None else state["tail"], layout)
+            streams = F.silu(conv)
+        mu = F.logsigmoid(logit_BTH.to(wide) + self.mu_bias.to(wide)) if self.rule.momentum else None
         live, opened = None, {}
         if layout is not None:
             streams = layout.to_grid(streams, None if state is None else state["open"])
@@ -205,23 +212,15 @@ def unpack(state: LayerState, mem: MemoryState, proj: MemoryState | None) -> tup
 
 
 def causal_conv(
-    x_BTHX: torch.Tensor, weight_HXW: torch.Tensor, tail: torch.Tensor | None, layout: Layout | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Causal depthwise convolution over the tokens of a document: (y like x, the last W - 1 inputs of the last document or None).
+    x_BTHX: torch.Tensor, weight_HXW: torch.Tensor, tail: torch.Tensor | None, layout: Layout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal depthwise convolution over the tokens of a document: (y like x, the last W - 1 inputs of the last document).
 
-    tail [B, W - 1, H, X]: inputs before the first token, zero for a fresh document. The last tap is the token itself.
+    tail [B, W - 1, H, X]: inputs before the first token, None for a fresh document. The last tap is the token itself.
     """
-    batch, length, heads, width = x_BTHX.shape
+    batch, _, heads, width = x_BTHX.shape
     taps = weight_HXW.shape[-1]
     before = x_BTHX.new_zeros(batch, taps, heads, width) if tail is None else F.pad(tail, (0, 0, 0, 0, 1, 0))
     pool = torch.cat([before, x_BTHX], 1)
-    if layout is not None and layout.padded:
-        y = torch.einsum("btwhx,hxw->bthx", take(pool, layout.taps_BTW), weight_HXW)
-        return y, take(pool, layout.tail_BW)
-    y = x_BTHX * weight_HXW[..., -1]
-    for back in range(1, taps):
-        earlier = pool[:, taps - back : taps - back + length] * weight_HXW[..., -1 - back]
-        if layout is not None:  # a tap that would reach into another document has source 0
-            earlier = earlier * (layout.taps_BTW[..., -1 - back] != 0).to(y.dtype)[..., None, None]
-        y = y + earlier
-    return y, None if layout is None else take(pool, layout.tail_BW)
+    y = sum(take(pool, source) * weight_HXW[..., tap] for tap, source in enumerate(layout.taps_BTW.unbind(-1)))
+    return y, take(pool, layout.tail_BW)

@@ -1,13 +1,12 @@
 """The hand-derived functions of `hope_kernels.fused` against finite differences, and whole scans against the general form."""
 
-import itertools
-
 import pytest
 import torch
 
 from hope_kernels import fused
 from hope_kernels.memory_scan import chunked, memory_scan
 from hope_kernels.rule import MemoryRule, MemoryState
+from hope_pt.nn.pointwise import conv_silu, norm_gate
 
 L, C, K, HIDDEN = 2, 5, 3, 4
 
@@ -34,7 +33,7 @@ def test_reads():
     assert torch.autograd.gradcheck(fused.readout, (leaf(L, C, K), *weights, leaf(L, K, 1)))
 
 
-@pytest.mark.parametrize(("causal", "erase"), itertools.product([False, True], [False, True]))
+@pytest.mark.parametrize(("causal", "erase"), [(a, b) for a in (False, True) for b in (False, True)])
 def test_terms(causal, erase):
     def function(x, eta, log_alpha, *queries):
         return present(fused.terms(x, queries[0] if causal else None, eta, log_alpha, erase=erase))
@@ -44,13 +43,14 @@ def test_terms(causal, erase):
     assert torch.autograd.gradcheck(function, (leaf(L, C, K), eta, log_alpha, *([leaf(L, C, K)] if causal else [])))
 
 
-FORMS = [form for form in itertools.product([False, True], [False, True]) if any(form)]
+FORMS = [(True, True), (True, False), (False, True)]
 
 
 @pytest.mark.parametrize(("causal", "writes"), FORMS)
-@pytest.mark.parametrize(("update", "objective", "self_target"), itertools.product(["dgd", "gd"], ["huber", "l2"], [True, False]))
-def test_chunk(causal, writes, update, objective, self_target):
-    rule = MemoryRule(update=update, objective=objective, self_target=self_target, huber_delta=0.7)
+@pytest.mark.parametrize("update", ["dgd", "gd"])
+@pytest.mark.parametrize(("objective", "self_target", "normalize_v"), [("huber", True, True), ("l2", True, False), ("huber", False, True)])
+def test_chunk(causal, writes, update, objective, self_target, normalize_v):
+    rule = MemoryRule(update=update, objective=objective, self_target=self_target, normalize_v=normalize_v, huber_delta=0.7)
 
     def function(k, v, w2, w1, queries, *decays):
         decays = fused.ChunkDecays(*decays, *(() if causal else (None, None)))
@@ -60,7 +60,25 @@ def test_chunk(causal, writes, update, objective, self_target):
     decays = [leaf(L, C, 1), leaf(L, C, 1), leaf(L, 1, 1), leaf(L, C, 1), leaf(L, C, K)]
     decays += [leaf(L, C, C), leaf(L, C, C)] if causal else []
     queries = leaf(L, C, K) if causal else torch.zeros(1)
-    assert torch.autograd.gradcheck(function, (leaf(L, C, K), leaf(L, C, K), leaf(L, HIDDEN, K), leaf(L, K, HIDDEN), queries, *decays))
+    assert torch.autograd.gradcheck(
+        function, (leaf(L, C, K), leaf(L, C, K), leaf(L, HIDDEN, K), leaf(L, K, HIDDEN), queries, *decays), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("length", [1, 3, 6])
+def test_conv_silu(length):
+    x, weight = leaf(2, length, 2, K), leaf(2, K, 4)
+    assert torch.autograd.gradcheck(conv_silu, (x, weight))
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 3, 0))
+    wanted = torch.nn.functional.silu(sum(padded[:, tap : tap + length] * weight[..., tap] for tap in range(4)))
+    torch.testing.assert_close(conv_silu(x, weight), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_norm_gate():
+    y, weight, gate = leaf(2, C, 2, K), leaf(2, K), leaf(2, C, 2, K)
+    assert torch.autograd.gradcheck(lambda *a: norm_gate(*a, eps=1e-3), (y, weight, gate))
+    wanted = torch.nn.functional.rms_norm(y, (K,), None, 1e-3) * weight * torch.nn.functional.silu(gate)
+    torch.testing.assert_close(norm_gate(y, weight, gate, eps=1e-3), wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("read", ["causal", "anchor"])

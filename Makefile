@@ -7,6 +7,7 @@ RUN ?= hope_tiny
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
 PROMPT ?= The
+CONTROLS := transformer_tiny hope_tiny_memory_off hope_tiny_static
 MCORE019 := .megatron-0.19
 
 # A machine whose own Python already drives a GPU keeps its torch; everywhere else the pinned torch goes in first, because later
@@ -58,15 +59,13 @@ data: data/tiny/manifest.json ## the tiny corpus: tokenizer and shards from the 
 .PHONY: train
 train: $(VENV)/.stamp-base data ## pretrain configs/hope_tiny.toml on real text, report it, sample from it (no GPU needed)
 	$(BIN)/hope train configs/hope_tiny.toml name=$(RUN) $(TRAIN_ARGS)
-	$(BIN)/hope report runs/$(RUN)
+	$(BIN)/hope report runs/$(RUN) $(addprefix docs/results/,$(addsuffix .json,$(CONTROLS)))
 	$(BIN)/hope generate runs/$(RUN) --prompt "$(PROMPT)" --tokens 120
 
 .PHONY: controls
-controls: $(VENV)/.stamp-base data ## the transformer twin, memory off and static projections, on the same tokens at the same size; one report
-	$(BIN)/hope train configs/transformer_tiny.toml $(TRAIN_ARGS)
-	$(BIN)/hope train configs/hope_tiny_memory_off.toml $(TRAIN_ARGS)
-	$(BIN)/hope train configs/hope_tiny_static.toml $(TRAIN_ARGS)
-	$(BIN)/hope report runs/hope_tiny runs/transformer_tiny runs/hope_tiny_memory_off runs/hope_tiny_static
+controls: $(VENV)/.stamp-base data ## the transformer twin, memory off and static projections, on the same tokens at the same size; their curves
+	set -e; for name in $(CONTROLS); do \
+	  $(BIN)/hope train configs/$$name.toml $(TRAIN_ARGS); $(BIN)/hope report runs/$$name --store-curve docs/results/$$name.json; done
 
 .PHONY: mqar
 mqar: $(VENV)/.stamp-base ## associative recall: HOPE, its memory-off control at chance, and a transformer

@@ -43,10 +43,15 @@ def model_of(mixer: str, **titans) -> ModelConfig:
     )
 
 
+def in_place_flops(total, a, b, out_shape=None, **options) -> int:
+    """FLOPs of `total.baddbmm_(a, b)`, from shapes; torch's counter knows only the form that is not in place."""
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
 def counted(config: ModelConfig, length: int) -> tuple[dict[str, float], float]:
     """Forward FLOPs per token of (projections, cms, head) and of everything, as torch counts matrix products."""
     model = HopeLM(config)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place_flops}) as counter:
         model(random_tokens(1, length, vocab=config.vocab_size))
     by_module = {name: sum(flops.values()) / length for name, flops in counter.get_flop_counts().items()}
     found = {
@@ -90,8 +95,8 @@ model of the scan, to be right to a quarter."""
 )
 def test_memory_flops_are_what_torch_counts(titans):
     config = model_of("titans", **titans)
-    wanted, _ = counted(config, 512)
-    assert flops_per_token(config, seq_len=512)["memory"] == pytest.approx(wanted["core"], rel=MEMORY_TOLERANCE)
+    wanted, _ = counted(config, 2048)
+    assert flops_per_token(config, seq_len=2048)["memory"] == pytest.approx(wanted["core"], rel=MEMORY_TOLERANCE)
 
 
 def test_flops_add_up():

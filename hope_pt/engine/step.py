@@ -34,10 +34,14 @@ from hope_pt.optim import learning_rate, table
 class BatchLike(Protocol):
     """What the engine reads of a batch. tokens, targets int64; loss_mask float32, 1 = counted, 0 = not; doc_start bool: all [B, T]."""
 
-    tokens_BT: Tensor
-    targets_BT: Tensor
-    loss_mask_BT: Tensor
-    doc_start_BT: Tensor
+    @property
+    def tokens_BT(self) -> Tensor: ...
+    @property
+    def targets_BT(self) -> Tensor: ...
+    @property
+    def loss_mask_BT(self) -> Tensor: ...
+    @property
+    def doc_start_BT(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)

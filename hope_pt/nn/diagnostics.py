@@ -1,8 +1,8 @@
 """What the memories do on a given text: learning rate, retention, surprise, norm and drift, per layer (no gradient, no state kept)."""
 
 import torch
-from hope_kernels.memory import surprise
 
+from hope_kernels.memory import surprise
 from hope_pt.nn.lm import HopeLM
 from hope_pt.nn.titans import TitansCore
 
@@ -26,7 +26,7 @@ def diagnostics(model: HopeLM, tokens_BT: torch.Tensor) -> dict[str, float]:
 
 def _norm(weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Norm of one memory per row and head: [B, H]."""
-    return sum(w.square().sum((-2, -1)) for w in weights).sqrt()
+    return torch.stack([w.square().sum((-2, -1)) for w in weights]).sum(0).sqrt()
 
 
 def _core_diagnostics(core: TitansCore, projected_BTP: torch.Tensor) -> dict[str, float]:

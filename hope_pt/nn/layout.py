@@ -15,9 +15,10 @@ import torch
 class Layout:
     """Index tables of one call, shared by all layers.
 
-    mask_BT: real tokens; padded: some are not. document_BT: 0 for the continued document. position_BT: position in the document. seen_B: tokens of the last
-    document after this call. slot_BT: grid slot (0 at padding). source_BG: 0 = empty slot, 1..chunk = place in the open part of the
-    state, then 1 + chunk + token. tail_BW, taps_BTW: convolution sources, 0 = zero, 1..W-1 = the state's tail, then W + token.
+    mask_BT: real tokens; padded: some are not. document_BT: 0 for the continued document. position_BT: position in the document.
+    seen_B: tokens of the last document after this call. slot_BT: grid slot (0 at padding). source_BG: 0 = empty slot, 1..chunk = place in
+    the open part of the state, then 1 + chunk + token. tail_BW, taps_BTW: convolution sources, 0 = zero, 1..W-1 = the state's tail, then
+    W + token.
     open_BC: slots of the last document's open chunk (0 where there is none) and open_count_B their number. commit, reset: per chunk of
     length chunk_proj and chunk_mem, and whether any row commits it.
     """

@@ -5,6 +5,8 @@
 Legend: B batch, T tokens, V vocabulary, D width.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,7 +15,7 @@ from hope_pt.config.schema import ModelConfig
 from hope_pt.nn.block import HopeBlock
 from hope_pt.nn.init import init_parameters
 from hope_pt.nn.layout import Layout, build_layout
-from hope_pt.nn.parts import Parts, RMSNorm
+from hope_pt.nn.parts import RMSNorm
 from hope_pt.nn.state import LMState
 
 
@@ -48,7 +50,7 @@ class HopeLM(nn.Module):
         self.config = config
         with torch.device(device or "cpu"):
             self.embedding = nn.Embedding(config.vocab_size, config.width)
-            self.blocks = nn.ModuleList([HopeBlock(config, parts=Parts.local(config.num_heads)) for _ in range(config.num_layers)])
+            self.blocks: Sequence[HopeBlock] = nn.ModuleList(HopeBlock(config) for _ in range(config.num_layers))  # type: ignore[assignment]
             self.final_norm = RMSNorm(config.width, config.norm_eps)
             self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         if self.embedding.weight.device.type != "meta":
@@ -71,9 +73,8 @@ class HopeLM(nn.Module):
         if return_state and state is None:
             state = self.init_state(tokens_BT.shape[0])
         seen = None if state is None else state.seen_B
-        layout = model_layout(
-            self.config, tuple(tokens_BT.shape), mask_BT=mask_BT, doc_start_BT=doc_start_BT, seen_B=seen, device=tokens_BT.device
-        )
+        shape = (tokens_BT.shape[0], tokens_BT.shape[1])
+        layout = model_layout(self.config, shape, mask_BT=mask_BT, doc_start_BT=doc_start_BT, seen_B=seen, device=tokens_BT.device)
         x = self.embedding(tokens_BT)
         layers = []
         for index, block in enumerate(self.blocks):

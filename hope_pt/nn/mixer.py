@@ -1,7 +1,8 @@
 """A sequence mixer: one input projection, a head-local core, one output projection.
 
-A core is an `nn.Module` built as Core(config, num_heads=...) with `features_per_head`, `forward(projected_BTP, *, state, layout) -> (y, state)`
-and `init_state(batch, *, dtype, device)`. All its parameters are head-first. Adding a mixer is one file and one line in `CORES`.
+A core is an `nn.Module` built as Core(config, num_heads=...) with `features_per_head`, `init_state(batch, *, dtype, device)` and
+`forward(projected_BTP, *, state, layout) -> (y, state)`. All its parameters are head-first. Adding a mixer is one file and one line in
+`CORES`.
 """
 
 import torch
@@ -14,7 +15,7 @@ from hope_pt.nn.parts import Parts
 from hope_pt.nn.state import LayerState
 from hope_pt.nn.titans import TitansCore
 
-CORES = {"titans": TitansCore, "attention": AttentionCore}
+CORES: dict[str, type[TitansCore] | type[AttentionCore]] = {"titans": TitansCore, "attention": AttentionCore}
 
 
 class Mixer(nn.Module):
@@ -22,7 +23,7 @@ class Mixer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, parts: Parts):
         super().__init__()
-        self.core = CORES[config.mixer](config, num_heads=parts.num_heads)
+        self.core: TitansCore | AttentionCore = CORES[config.mixer](config, num_heads=parts.num_heads)
         self.time_first = parts.time_first
         self.in_proj = parts.column(config.width, config.num_heads * self.core.features_per_head)
         self.out_proj = parts.row(config.width, config.width)

@@ -117,7 +117,8 @@ class TitansCore(nn.Module):
     def readout(self, dtype: torch.dtype) -> Readout:
         """Parameters and switches of eta and alpha."""
         parameters = (self.eta_weight, self.eta_bias, self.alpha_weight, self.alpha_bias)
-        return Readout(*(p.to(dtype) for p in parameters), self.config.eta_max, self.config.retention, not self.config.memory_off)
+        cast = [p.to(dtype) for p in parameters]
+        return Readout(*cast, eta_max=self.config.eta_max, retention=self.config.retention, writes=not self.config.memory_off)
 
     def starts(self, batch: int, dtype: torch.dtype) -> tuple[MemoryState, MemoryState | None]:
         """The learned start of M_mem and of the stack (None where every stream is static)."""
@@ -222,5 +223,5 @@ def causal_conv(
     taps = weight_HXW.shape[-1]
     before = x_BTHX.new_zeros(batch, taps, heads, width) if tail is None else F.pad(tail, (0, 0, 0, 0, 1, 0))
     pool = torch.cat([before, x_BTHX], 1)
-    y = sum(take(pool, source) * weight_HXW[..., tap] for tap, source in enumerate(layout.taps_BTW.unbind(-1)))
-    return y, take(pool, layout.tail_BW)
+    parts = [take(pool, source) * weight_HXW[..., tap] for tap, source in enumerate(layout.taps_BTW.unbind(-1))]
+    return torch.stack(parts).sum(0), take(pool, layout.tail_BW)

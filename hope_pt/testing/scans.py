@@ -164,7 +164,7 @@ def run_projection(
     """Outputs "k", "v", "q", "eta", "log_alpha" and "end.i" of one projection scan and "d<leaf>" for every leaf."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
     state, start = states(leaves, rule) if stack else (None, None)
-    readout = Readout(*(leaves[f"readout.{i}"] for i in range(4)), 0.8, retention, writes)
+    readout = Readout(*(leaves[f"readout.{i}"] for i in range(4)), eta_max=0.8, retention=retention, writes=writes)
     generated, end = projection_scan(
         Inputs(leaves["k"], leaves["v"], leaves["q"], live, leaves.get("log_mu")), readout, state,
         rule=rule, stack=stack, chunk=chunk, start=start, masks=masks, save_every=save_every, backend=backend,

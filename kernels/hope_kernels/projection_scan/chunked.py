@@ -142,7 +142,8 @@ def _fused_segment(
         for name, weights in start.items():
             memories[name] = fused.choose(masks.reset_BN[:, index], weights, memories[name])
         k_c, v_c, q_c, *logits = _fused_reads({"k": k_c, "v": v_c, "q": q_c}, memories, readout, normalize_v=rule.normalize_v)
-        eta, log_alpha = gates(*(t.view(batch, heads, size) for t in logits), readout, live=live_c)
+        rate, forget = (t.view(batch, heads, size) for t in logits)
+        eta, log_alpha = gates(rate, forget, readout, live=live_c)
         outputs.append((*(t.unflatten(0, (batch, heads)) for t in (k_c, v_c, q_c)), eta, log_alpha))
         if index + 1 == len(k) and not writes_last:
             break
@@ -169,5 +170,6 @@ def _fused_reads(
     for name, weight in (("eta", readout.weight_eta), ("alpha", readout.weight_alpha)):
         z = streams[SOURCE[name]]
         column = weight.unsqueeze(-1).repeat(len(z) // len(weight), 1, 1)
-        reads.append(fused.readout(z, *memories[name], column) if name in memories else z @ column)
+        w2, w1 = memories.get(name, (None, None))
+        reads.append(z @ column if w2 is None else fused.readout(z, w2, w1, column))
     return reads

@@ -4,7 +4,7 @@ Legend: B batch, H heads, T tokens, K head width.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ class Readout:
     bias_eta: torch.Tensor
     weight_alpha: torch.Tensor
     bias_alpha: torch.Tensor
+    _: KW_ONLY
     eta_max: float = 1.0
     retention: bool = True
     writes: bool = True
@@ -53,7 +54,7 @@ class Readout:
 
     def like(self, parameters: tuple[torch.Tensor, ...]) -> "Readout":
         """The same switches with other parameters."""
-        return Readout(*parameters, self.eta_max, self.retention, self.writes)
+        return Readout(*parameters, eta_max=self.eta_max, retention=self.retention, writes=self.writes)
 
 
 @dataclass(frozen=True)

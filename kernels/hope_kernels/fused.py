@@ -150,7 +150,7 @@ class _Terms(torch.autograd.Function):
         w = keep * eta
         paced = x * eta.unsqueeze(-1)
         y = x * w.unsqueeze(-1)
-        before = system = inverse = ratio = inside = m = n = None
+        inverse = m = n = None
         if queries is not None:
             ratio = _ratios(log_g, log_g, 0)
             m = inside = ratio * (queries @ paced.mT)
@@ -164,18 +164,24 @@ class _Terms(torch.autograd.Function):
                 identity = torch.eye(system.shape[-1], dtype=x.dtype, device=x.device).expand_as(system)
                 inverse = _solve(system, identity, transposed=True).mT
                 y, m = inverse.mT @ y, inside @ inverse
-        ctx.save_for_backward(x, queries, eta, g, g_prev, keep, before, system, inverse, ratio, inside, y, m)
+        ctx.erase = erase
+        ctx.save_for_backward(x, queries, eta, log_alpha, inverse, y, m)  # what is one exponential or one product away is not kept
         return g.unsqueeze(-1), g_prev.unsqueeze(-1), g[..., -1:].unsqueeze(-1), w.unsqueeze(-1), y, m, n
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_g, d_g_prev, d_g_end, d_w, d_y, d_m, d_n):
-        x, queries, eta, g, g_prev, keep, before, system, inverse, ratio, inside, y, m = ctx.saved_tensors
+        x, queries, eta, log_alpha, inverse, y, m = ctx.saved_tensors
+        log_g = log_alpha.cumsum(-1)
+        log_g_prev = log_g - log_alpha
+        g, g_prev, keep = log_g.exp(), log_g_prev.exp(), (log_g[..., -1:] - log_g).exp_()
         paced, w = x * eta.unsqueeze(-1), keep * eta
         d_log_g, d_log_g_prev = d_g.squeeze(-1) * g, d_g_prev.squeeze(-1) * g_prev
         d_log_g[..., -1:].addcmul_(d_g_end.squeeze(-1), g[..., -1:])
         d_written, d_eta, d_x, d_queries, d_paced, d_system = d_y, torch.zeros_like(eta), None, None, None, None
         if queries is not None:
+            ratio = _ratios(log_g, log_g, 0)
+            inside = ratio * (queries @ paced.mT)
             d_inside = d_m if inverse is None else d_m @ inverse.mT
             d_system = None if inverse is None else m.mT @ d_inside
             d_scores = d_inside * ratio
@@ -184,7 +190,9 @@ class _Terms(torch.autograd.Function):
             d_eta = by_ratio.sum(-2)
             flow = by_ratio.mul_(eta.unsqueeze(-2)).addcmul_(d_inside, inside)
             d_log_g.add_(flow.sum(-1)).sub_(flow.sum(-2))
-        if system is not None:
+        if ctx.erase:
+            before = _ratios(log_g_prev, log_g, -1)
+            system = before * (x @ paced.mT)
             d_written = _solve(system, d_y, transposed=False) if inverse is None else inverse @ d_y
             d_system = _add(d_system, y @ d_written.mT).neg_()
             flow = d_system * system
@@ -270,14 +278,15 @@ class _Chunk(torch.autograd.Function):
             w2_end = (g_end * w2).baddbmm_(residual.mT, y, alpha=-1)
             w1_end = (g_end * w1).baddbmm_((w * error).mT, hidden_k, alpha=-1)
         ctx.rule = rule
-        ctx.save_for_backward(k, v, queries, w2, w1, *decays, pre, target, target_scale, error, error_scale, back, delta, delta_scale, z, scores)
+        saved = pre, target, target_scale, error, error_scale, back, delta_scale, z, scores
+        ctx.save_for_backward(k, v, queries, w2, w1, *decays, *saved)
         return out, w2_end, w1_end
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_w2_end, d_w1_end):
         rule, (k, v, queries, w2, w1, g, g_prev, g_end, w, y, m, n, *saved) = ctx.rule, ctx.saved_tensors
-        pre, target, target_scale, error, error_scale, back, delta, delta_scale, z, scores = saved
+        pre, target, target_scale, error, error_scale, back, delta_scale, z, scores = saved
         size = k.shape[1]
         pre_k = pre[:, :size]
         sigmoid = torch.sigmoid(pre[:, : 2 * size] if rule.self_target else pre_k)
@@ -285,6 +294,7 @@ class _Chunk(torch.autograd.Function):
         falling = 1 - sigmoid
         slope = torch.addcmul(sigmoid, hidden, falling)  # silu'
         hidden_k, slope_k = hidden[:, :size], slope[:, :size]
+        delta = back * slope_k if delta_scale is None else (back * slope_k).mul_(delta_scale)
         residual = torch.addcmul(delta, g_prev, pre_k) if rule.erases(0) else delta
         d_pre = torch.empty_like(pre)
         d_w2, d_w1, d_residual, d_error, d_hidden_k = (torch.zeros_like(t) for t in (w2, w1, delta, error, hidden_k))

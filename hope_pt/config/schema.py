@@ -72,8 +72,9 @@ class TitansConfig(Section):
     """mu at the start of training."""
     conv_width: PositiveInt = 4
     """Width of the causal depthwise convolution on q, k, v (NL 8.3)."""
-    save_every: PositiveInt = 256
-    """Tokens between memory states kept for the backward pass; states between them are recomputed."""
+    save_every: PositiveInt = 2048
+    """Tokens between memory states kept for the backward pass. A longer sequence is recomputed piece by piece, so its memory stays that of
+    one piece and the kept states; a sequence up to this length keeps everything and recomputes nothing."""
     backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of the scans; "auto" picks once and logs its choice."""
 

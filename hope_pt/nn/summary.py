@@ -64,8 +64,10 @@ def _memory_flops(config: ModelConfig) -> float:
     product = 2.0 * k * (f if titans.memory == "mlp" else k)  # one token through one weight matrix
     signals = product * (matrices * (2 if titans.self_target else 1) + (matrices - 1))  # keys (and targets), error to the first layer
     writes = product * matrices
-    stack = len(adaptive_streams(titans))
-    generating = stack * (product * matrices + signals + writes) + (4.0 * titans.chunk_proj * k if stack else 0)
+    stack = adaptive_streams(titans)
+    # eta and alpha are scalars: their second matrix meets the readout vector once, not every token
+    reads = product * sum(1 if name in ("eta", "alpha") else matrices for name in stack)
+    generating = reads + len(stack) * (signals + writes) + (4.0 * titans.chunk_proj * k if stack else 0)
     size = titans.chunk_mem
     inside = product * matrices + 2.0 * size * (k + 3 * f) if titans.read == "causal" else product * matrices
     return generating + signals + writes + inside + 4.0 * size * k

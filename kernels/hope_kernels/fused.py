@@ -28,11 +28,6 @@ def supports(rule: MemoryRule) -> bool:
     return rule.memory == "mlp" and rule.objective != "dot" and not (rule.momentum or rule.erases(1))
 
 
-def keeps_states(weights: tuple[torch.Tensor, ...], chunk: int) -> bool:
-    """Whether keeping every chunk's state costs about as little as keeping its tokens: then nothing is replayed in backward."""
-    return 4 * chunk >= weights[0].shape[-2]
-
-
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Inner products over the last dimension, kept."""
     return (a * b).sum(-1, keepdim=True)

@@ -42,7 +42,7 @@ def memory_scan(
     segment = _fused_segment if is_fused else _segment
     cuts = segments(qkv[0].shape[2], chunk, save_every)
     split = [t.split([end - first for first, end, _ in cuts], 2) for t in (*qkv, *gates)]
-    recompute = torch.is_grad_enabled() and len(cuts) > 1 and not (is_fused and fused.keeps_states(state.weights, chunk))
+    recompute = torch.is_grad_enabled() and len(cuts) > 1
     outputs: list[torch.Tensor] = []
     for inputs, (first, end, size) in zip(zip(*split, strict=True), cuts, strict=True):
         part = masks.window(slice(first // chunk, -(-end // chunk)))

@@ -26,7 +26,7 @@ def projection_scan(
     chunk: int,
     start: MemoryState | None = None,
     masks: ChunkMasks | None = None,
-    save_every: int = 256,
+    save_every: int = 2048,
     keep_state: bool = True,
     backend: str = "chunked",
 ) -> tuple[Generated, MemoryState | None]:

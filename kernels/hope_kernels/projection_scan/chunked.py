@@ -37,7 +37,7 @@ def projection_scan(
     given = tuple(t for t in (inputs.k, inputs.v, inputs.q, inputs.live, inputs.log_mu) if t is not None)
     cuts = segments(inputs.k.shape[2], chunk, save_every)
     split = [t.split([end - first for first, end, _ in cuts], 2) for t in given]
-    recompute = torch.is_grad_enabled() and len(cuts) > 1 and not (is_fused and fused.keeps_states(state.weights, chunk))
+    recompute = torch.is_grad_enabled() and len(cuts) > 1
     outputs = []
     for window, (first, end, size) in zip(zip(*split, strict=True), cuts, strict=True):
         part = masks.window(slice(first // chunk, -(-end // chunk)))

@@ -101,6 +101,10 @@ def stop(plan: Plan) -> None:
     """Leave the job: destroy megatron's groups and torch.distributed. Nothing of `plan` may be used afterwards."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    # megatron forgets some of its globals. A group that lives on is destroyed when the next job overwrites it, and in a forked process
+    # that waits for threads which only the parent has.
+    for name in [name for name, value in vars(parallel_state).items() if isinstance(value, dist.ProcessGroup)]:
+        vars(parallel_state)[name] = None
 
 
 def check_layout(config: RunConfig, *, world_size: int) -> int:

@@ -3,12 +3,15 @@
 from hope_pt.testing.batches import RandomBatch, random_batch
 from hope_pt.testing.configs import tiny_model, tiny_run
 from hope_pt.testing.distributed import run_distributed
-from hope_pt.testing.tolerances import EXACT, GRADIENT, LAYOUT, difference, worst_difference
+from hope_pt.testing.tolerances import BF16_GRADIENT, BF16_LOSS, EXACT, GRADIENT, LAYOUT, ROUNDING, difference, worst_difference
 
 __all__ = [
+    "BF16_GRADIENT",
+    "BF16_LOSS",
     "GRADIENT",
     "EXACT",
     "LAYOUT",
+    "ROUNDING",
     "RandomBatch",
     "difference",
     "random_batch",

@@ -7,10 +7,16 @@ from torch import Tensor
 
 LAYOUT = 1e-6
 """Same mathematics in fp32, another order of summation: data-parallel ranks, micro-batches, megatron's linear layers. For losses, and
-for all gradients or all parameters together."""
+for all gradients or all parameters of a run together."""
 GRADIENT = 3e-5
 """Gradients of one parameter alone (that of a gate's bias is a sum over tokens whose terms cancel to a tenth), and gradients taken after
 steps, at weights that already differ by LAYOUT."""
+ROUNDING = 2.0
+"""Factor over the fp32 oracle's own distance from float64: another fp32 computation of the same numbers stays as near to the truth."""
+BF16_LOSS = 2e-3
+"""First loss in bf16 against fp32: 8 bits of mantissa, averaged over tokens."""
+BF16_GRADIENT = 6e-2
+"""First gradient norm in bf16 against fp32: rounding of every activation, through the scans' backward pass."""
 EXACT = 0.0
 """Same operations on the same numbers: bit for bit."""
 

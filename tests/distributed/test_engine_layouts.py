@@ -7,6 +7,7 @@ its interval with the last step. Rows have different numbers of counted tokens, 
 import functools
 
 import pytest
+import torch
 
 from hope_pt.engine import Launch, TrainEngine, start, stop
 from hope_pt.errors import ConfigError, DataError, ParallelError
@@ -102,6 +103,15 @@ def test_a_second_engine_needs_the_first_to_stop():
             start(config_for())
     finally:
         stop(plan)
+
+
+def test_stop_leaves_no_group_behind():
+    from megatron.core import parallel_state
+
+    stop(start(config_for()))
+    left = [name for name, value in vars(parallel_state).items() if isinstance(value, torch.distributed.ProcessGroup)]
+    assert not left
+    assert not torch.distributed.is_initialized()
 
 
 def test_rows_that_do_not_match_the_plan_are_refused():

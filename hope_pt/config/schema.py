@@ -149,12 +149,12 @@ class ModelConfig(Section):
 
 
 class MQARConfig(Section):
-    """Synthetic multi-query associative recall (Zoology): key-value pairs, then the keys again in random order."""
+    """Synthetic multi-query associative recall (after Zoology): key-value pairs, then queries for their keys."""
 
     num_pairs: PositiveInt = 8
     """Key-value pairs in a sequence."""
     num_queries: NonNegativeInt = 0
-    """Queries in a sequence; 0 asks every pair once."""
+    """Queries in a sequence, their keys drawn with repetition; 0 means as many as pairs."""
     train_samples: PositiveInt = 100_000
     """Distinct training sequences."""
     heldout_samples: PositiveInt = 512

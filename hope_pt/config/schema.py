@@ -155,6 +155,8 @@ class MQARConfig(Section):
     """Key-value pairs in a sequence."""
     num_queries: NonNegativeInt = 0
     """Queries in a sequence, their keys drawn with repetition; 0 means as many as pairs."""
+    gap: NonNegativeInt = 8
+    """Filler tokens between the pairs and the queries; longer than the convolutions reach, (conv_width - 1) * num_layers."""
     train_samples: PositiveInt = 100_000
     """Distinct training sequences."""
     heldout_samples: PositiveInt = 512

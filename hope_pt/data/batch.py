@@ -13,7 +13,7 @@ class Batch:
     tokens_BT: torch.Tensor
     """int64 input ids."""
     targets_BT: torch.Tensor
-    """int64 id that follows each input id."""
+    """int64 what is to be predicted at each input id: the id that follows it, or the answer of a generated task."""
     loss_mask_BT: torch.Tensor
     """float32, 1 where the target counts in the loss, else 0."""
     doc_start_BT: torch.Tensor
@@ -37,10 +37,13 @@ class Rows:
     """[B, T] bool."""
     loss_mask: np.ndarray | None = None
     """[B, T] bool; None counts every position."""
+    targets: np.ndarray | None = None
+    """[B, T] ids; None: the id that follows."""
 
     def to_batch(self) -> Batch:
         """Tensors of the contract's dtypes."""
         ids = torch.from_numpy(self.ids.astype(np.int64))
         starts = torch.from_numpy(self.doc_start)
         mask = torch.ones(1, 1).expand(*starts.shape) if self.loss_mask is None else torch.from_numpy(self.loss_mask.astype(np.float32))
-        return Batch(ids[:, :-1], ids[:, 1:], mask, starts)
+        targets = ids[:, 1:] if self.targets is None else torch.from_numpy(self.targets.astype(np.int64))
+        return Batch(ids[:, :-1], targets, mask, starts)

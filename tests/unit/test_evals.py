@@ -310,4 +310,4 @@ def test_a_fresh_model_starts_at_log_vocabulary_and_at_chance():
     assert first["eval/recall_loss"] == pytest.approx(first["eval/loss"])
     assert first["eval/recall_accuracy"] < 0.2
     assert first["eval/recall_chance"] == pytest.approx(1 / 32)
-    assert first["eval/recall_queries"] == 64 * 4
+    assert first["eval/recall_queries"] == 64 * 8

@@ -20,7 +20,6 @@ from hope_data.errors import PrepError
 from hope_data.files import canonical_json, sha256_bytes
 
 COLUMNS = ("doc_starts", "tokens")
-DTYPES = ("uint16", "uint32")
 SIZE_LIMIT = 1 << 26
 _LENGTH_TYPES = ("uint8", "uint16", "uint32", "uint64")
 

@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("hope: " + " ".join(str(error).split()), file=sys.stderr)
         return EXIT_DO_NOT_RESTART if isinstance(error, DivergenceError) else EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("hope: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        hint = "; the same command continues from the newest checkpoint" if arguments.module == "train" else ""
+        print(f"hope: interrupted{hint}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone (`hope report ... | head`); what python would still flush has nowhere to go.

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from hope_pt import data, evals
 from hope_pt.checkpoint.files import replace_text
-from hope_pt.errors import DataError, HopeError
-from hope_pt.train.trained import load_trained
+from hope_pt.errors import DataError, EvalError, HopeError
+from hope_pt.train.trained import load_trained, require_tokenizer
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -19,8 +19,13 @@ def run(arguments: argparse.Namespace) -> None:
     trained = load_trained(arguments.run, step=arguments.step)
     config = trained.config
     if arguments.data:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"path": arguments.data})})
-    if arguments.sequences:
+        if config.data.source != "shards":
+            raise DataError(f'--data {arguments.data}: a run with data.source = "{config.data.source}" reads no shards; drop --data')
+        elsewhere = {"path": arguments.data, "backend": "mds", "remote": ""}
+        config = config.model_copy(update={"data": config.data.model_copy(update=elsewhere)})
+    if arguments.sequences is not None:
+        if arguments.sequences < 1:
+            raise EvalError(f"--sequences {arguments.sequences}: expected 1 or more")
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"sequences": arguments.sequences})})
     vocab_size = config.model.vocab_size
     with (
@@ -32,6 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
                 f"{config.data.path} has fingerprint {train.fingerprint}, the run was trained on {trained.fingerprint}; "
                 "name the directory to evaluate on with --data"
             )
+        given = train.tokenizer_path
+        if arguments.data and given and given.read_bytes() != require_tokenizer(trained).read_bytes():
+            raise DataError(f"--data {arguments.data} has another tokenizer than the run was trained with; tokenize it with --tokenizer")
         values = evals.evaluate(trained.lm, heldout, config=config)
         if config.data.source == "shards":
             values |= evals.baselines(train, heldout, sequences=config.eval.sequences)

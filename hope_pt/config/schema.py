@@ -13,6 +13,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -64,22 +65,24 @@ class TitansConfig(Section):
     """Control: eta = 0 and alpha = 1, so nothing is ever written; the same parameters as a static network."""
     eta_max: PositiveFloat = 1.0
     """Upper bound of the inner learning rate."""
-    eta_init: Fraction = 0.05
-    """Inner learning rate at the start of training."""
-    forget_init: Fraction = 1e-4
-    """1 - alpha at the start of training."""
-    momentum_init: Fraction = 0.5
+    eta_init: OpenFraction = 0.05
+    """Inner learning rate at the start of training; below eta_max."""
+    forget_init: Annotated[float, Field(gt=0, lt=0.5)] = 1e-4
+    """1 - alpha at the start of training; alpha stays at 0.5 or above."""
+    momentum_init: OpenFraction = 0.5
     """mu at the start of training."""
     conv_width: PositiveInt = 4
     """Width of the causal depthwise convolution on q, k, v (NL 8.3)."""
     save_every: PositiveInt = 2048
     """Tokens between memory states kept for the backward pass. A longer sequence is recomputed piece by piece, so its memory stays that of
     one piece and the kept states; a sequence up to this length keeps everything and recomputes nothing."""
-    backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
-    """Implementation of the scans; "auto" picks once and logs its choice."""
+    backend: Literal["auto", "reference", "chunked"] = "auto"
+    """Implementation of the scans; "auto" picks the fastest, and the engine logs which one runs."""
 
     @model_validator(mode="after")
     def _check(self):
+        if self.eta_init >= self.eta_max:
+            raise ValueError(f"eta_init = {self.eta_init} is not below eta_max = {self.eta_max}")
         if self.chunk_proj % self.chunk_mem:
             raise ValueError(f"chunk_proj = {self.chunk_proj} is not a multiple of chunk_mem = {self.chunk_mem}")
         if self.memory == "linear" and self.dgd_scope == "layerwise":
@@ -177,7 +180,7 @@ class DataConfig(Section):
     seq_len: PositiveInt = 1024
     """Tokens in a training sequence; must equal the manifest's."""
     seed: NonNegativeInt = 0
-    """Seed of the sample order."""
+    """Seed of the sample order, and of the samples of a generated task."""
     shuffle_block: PositiveInt = 8192
     """Samples that are shuffled together; blocks are shuffled too."""
     num_workers: NonNegativeInt = 0
@@ -216,7 +219,7 @@ class OptimConfig(Section):
     eps: PositiveFloat = 1e-8
     """AdamW epsilon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay of the matrices; norms, biases and gates have none."""
+    """Decoupled weight decay of in_proj, out_proj and the CMS matrices; every other parameter has none."""
     clip: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
 

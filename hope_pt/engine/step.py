@@ -8,6 +8,7 @@ The loss is the local sum over the global count: neither the number of ranks nor
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,7 +29,10 @@ from hope_pt.engine.optimizer import build_optimizer, step_optimizer
 from hope_pt.engine.plan import Plan
 from hope_pt.errors import DataError, ParallelError
 from hope_pt.nn import HopeLM, model_layout
-from hope_pt.optim import learning_rate, table
+from hope_pt.nn.titans import TitansCore
+from hope_pt.optim import learning_rate
+
+_LOG = logging.getLogger(__name__)
 
 
 class BatchLike(Protocol):
@@ -80,6 +84,9 @@ class TrainEngine:
             self.parameters = named_parameters(self.model)
             self.optimizer = build_optimizer(self.parameters, config=config, plan=plan)
         state.initialize(self.parameters, model=config.model, seed=config.train.seed)
+        backends = {core.backend for core in self.model.modules() if isinstance(core, TitansCore)}
+        if backends and plan.rank == 0:
+            _LOG.info("memory scans: backend %s", ", ".join(backends))
 
     def step(self, batch: BatchLike) -> StepResult:
         """Train on this rank's rows of the global batch: [global_batch_size / dp_size, seq_len].
@@ -127,10 +134,6 @@ class TrainEngine:
         """Take over what `state` gave; later losses are equal bit for bit. CheckpointError if names or shapes do not match."""
         state.load(self.parameters, optimizer=self.optimizer.optimizer, tensors=tensors, scalars=scalars)
         self.num_steps_done = int(scalars["step"])
-
-    def group_table(self) -> str:
-        """Which parameter gets what, as text."""
-        return table({name: tuple(p.shape) for name, p in self.parameters.items()}, config=self.config.model)
 
     def _micros(self, batch: BatchLike) -> Iterator[_Micro]:
         doc_start = batch.doc_start_BT if self.config.data.document_reset else torch.zeros_like(torch.as_tensor(batch.doc_start_BT))

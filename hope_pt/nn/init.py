@@ -34,7 +34,7 @@ def init_tensor(name: str, shape: tuple[int, ...], *, config: ModelConfig, seed:
 def _constant(kind: str, config: ModelConfig) -> float | None:
     titans = config.titans
     if kind == "core.eta_bias":
-        share = min(titans.eta_init / titans.eta_max, 0.999)
+        share = titans.eta_init / titans.eta_max
         return math.log(share / (1 - share))
     if kind == "core.alpha_bias":
         return math.log(math.expm1(-math.log1p(-titans.forget_init)))

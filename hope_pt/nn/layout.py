@@ -15,7 +15,7 @@ import torch
 class Layout:
     """Index tables of one call, shared by all layers.
 
-    mask_BT: real tokens; padded: some are not. document_BT: 0 for the continued document. position_BT: position in the document.
+    mask_BT: real tokens. document_BT: 0 for the continued document. position_BT: position in the document.
     seen_B: tokens of the last document after this call. slot_BT: grid slot (0 at padding). source_BG: 0 = empty slot, 1..chunk = place in
     the open part of the state, then 1 + chunk + token. tail_BW, taps_BTW: convolution sources, 0 = zero, 1..W-1 = the state's tail, then
     W + token.
@@ -26,7 +26,6 @@ class Layout:
     chunk_proj: int
     chunk_mem: int
     first_mem: int
-    padded: bool
     mask_BT: torch.Tensor
     document_BT: torch.Tensor
     position_BT: torch.Tensor
@@ -95,7 +94,6 @@ def build_layout(
         chunk_proj=chunk_proj,
         chunk_mem=chunk_mem,
         first_mem=int((seen % chunk_proj // chunk_mem).min()),
-        padded=padded,
         mask_BT=mask,
         document_BT=docs.document,
         position_BT=docs.position,

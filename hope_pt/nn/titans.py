@@ -55,7 +55,7 @@ class TitansCore(nn.Module):
         self.rule = memory_rule(titans)
         self.stack = adaptive_streams(titans)
         self.num_heads, self.head_width, self.norm_eps = num_heads, config.head_width, config.norm_eps
-        self.backend = choose("memory scans", backend=titans.backend, available=tuple(BACKENDS), rule=self.rule)
+        self.backend = choose("memory scans", backend=titans.backend, available=tuple(BACKENDS))
         heads, width, hidden = num_heads, config.head_width, config.memory_hidden
         shapes = [(hidden, width), (width, hidden)] if titans.memory == "mlp" else [(width, width)]
         self.conv_weight = nn.Parameter(torch.empty(heads, 3 * width, titans.conv_width))

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from hope_pt.checkpoint.files import replace_text
 from hope_pt.config import loads
 from hope_pt.config.schema import RunConfig
 from hope_pt.errors import HopeError
@@ -58,7 +59,10 @@ def load_curve(path: str | Path) -> Curve:
 
 
 def store_curve(curve: Curve, path: str | Path) -> None:
-    """Writes a small .json of `curve`: every evaluation, and training lines averaged over equal blocks of steps."""
+    """Writes a small .json of `curve`: every evaluation, and training lines averaged over equal blocks of steps.
+
+    Raises HopeError if it cannot be written.
+    """
     training = [record for record in curve.records if "loss" in record]
     block = max(1, -(-len(training) // STORED_TRAINING_LINES))
     averaged = [_average(training[first : first + block]) for first in range(0, len(training), block)]
@@ -67,7 +71,10 @@ def store_curve(curve: Curve, path: str | Path) -> None:
     config = curve.config.model_dump(mode="json") if curve.config else None
     head = json.dumps({"name": curve.name, "averaged_over": block, "config": config})
     lines = ",\n".join(json.dumps(record) for record in records)
-    Path(path).write_text(f'{head[:-1]}, "records": [\n{lines}\n]}}\n', encoding="utf-8")
+    try:
+        replace_text(Path(path), text=f'{head[:-1]}, "records": [\n{lines}\n]}}\n')
+    except OSError as error:
+        raise HopeError(f"cannot write {path}: {error.strerror}; name another file with --store-curve") from error
 
 
 def _average(block: list[dict]) -> dict:

@@ -1,7 +1,7 @@
 """One session of a run: open, continue or begin, loop, close.
 
 Order: samples, lock, newest checkpoint and the question whether it fits, engine, state, hooks. Everything that can be wrong with the
-input is found before the first file of the run is touched.
+input is found before configuration, metrics or checkpoints of the run are touched.
 """
 
 import logging

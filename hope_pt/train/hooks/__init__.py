@@ -1,4 +1,4 @@
-"""What happens between steps, one concern a file: metrics, diagnostics, evaluation, checkpoints, progress.
+"""What happens between steps, one concern a file: metrics, measurements, checkpoints, status, progress.
 
-Order matters: a checkpoint is the last of its step, so that everything measured at the step is in metrics.jsonl before it.
+Order matters: a checkpoint comes after everything that is measured at its step, so that all of it is in metrics.jsonl before.
 """

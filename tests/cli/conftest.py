@@ -45,9 +45,15 @@ steps = 6
 """
 
 
-def build_corpus(out, *, works: int):
+def build_corpus(out, *, works: int, tokenizer: str = ""):
     options = BuildOptions(
-        seq_len=SEQ_LEN, read=ReadOptions(), holdout=HoldOut("per-file", 20), vocab_size=400, train_bytes=50_000, shard_bytes=256 << 10
+        seq_len=SEQ_LEN,
+        read=ReadOptions(),
+        holdout=HoldOut("per-file", 20),
+        tokenizer=tokenizer,
+        vocab_size=0 if tokenizer else 400,
+        train_bytes=50_000,
+        shard_bytes=256 << 10,
     )
     with tiny_corpus() as (inputs, sources):
         build(inputs[:works], sources=sources[:works], out=out, options=options, workers=1)
@@ -60,8 +66,15 @@ def cli_corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def other_corpus(tmp_path_factory):
-    return build_corpus(tmp_path_factory.mktemp("cli") / "other", works=2)
+def other_corpus(cli_corpus, tmp_path_factory):
+    """Other text with the same tokenizer."""
+    return build_corpus(tmp_path_factory.mktemp("cli") / "other", works=2, tokenizer=str(cli_corpus / "tokenizer.model"))
+
+
+@pytest.fixture(scope="session")
+def foreign_corpus(tmp_path_factory):
+    """Other text with a tokenizer of its own."""
+    return build_corpus(tmp_path_factory.mktemp("cli") / "foreign", works=2)
 
 
 @pytest.fixture(scope="session")

@@ -28,10 +28,12 @@ def test_eval_repeats_what_training_measured(run_copy, capsys):
     assert "bits_per_byte" in said
 
 
-def test_eval_refuses_other_data_unless_asked(run_copy, other_corpus, fails, settings, capsys):
+def test_eval_on_other_data_needs_the_same_tokenizer(run_copy, other_corpus, foreign_corpus, fails, capsys):
     assert "no checkpoint" in fails("eval", run_copy.parent)
     assert "does not exist; steps that were kept: 2, 4, 6" in fails("eval", run_copy, "--step", 5)
+    assert "expected 1 or more" in fails("eval", run_copy, "--sequences", 0)
     assert "bits_per_byte" in output(capsys, "eval", run_copy, "--data", other_corpus, "--sequences", 2)
+    assert "another tokenizer" in fails("eval", run_copy, "--data", foreign_corpus)
 
 
 def test_generate_streams_the_same_text_in_one_piece_and_through_a_memory_file(finished, tmp_path, capsys):

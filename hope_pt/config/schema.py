@@ -14,6 +14,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -214,7 +215,7 @@ class OptimConfig(Section):
     """Linear warm-up."""
     decay_steps: NonNegativeInt = 0
     """Length of the final decay of "wsd"; 0 means a tenth of the run."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """AdamW moment decay rates."""
     eps: PositiveFloat = 1e-8
     """AdamW epsilon."""
@@ -319,6 +320,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self):
+        reach = (self.model.titans.conv_width - 1) * self.model.num_layers
+        if self.data.source == "mqar" and self.data.mqar.gap <= reach:
+            raise ValueError(
+                f"data.mqar.gap = {self.data.mqar.gap} is within the reach of the convolutions, (conv_width - 1) * num_layers = {reach}; "
+                f"set data.mqar.gap to at least {reach + 1}"
+            )
         if self.train.global_batch_size % self.engine.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of "

@@ -65,12 +65,15 @@ def environment():
 
 
 def test_kill_at_random_moments_changes_nothing(texts, reference, tmp_path):
-    """SIGKILL to the writer and its workers three times, each later than the one before; the fourth run finishes."""
+    """SIGKILL to the writer and its workers three times within the time of a whole run, each later; the fourth run finishes."""
     out = tmp_path / "corpus"
+    began = time.monotonic()
+    subprocess.run(command(texts, tmp_path / "timed"), check=True, cwd=ROOT, env=environment())
+    whole = time.monotonic() - began
     generator = random.Random(int.from_bytes(os.urandom(4), "little"))
     killed = 0
     for attempt in range(3):
-        moment = 0.1 + attempt * 0.15 + generator.random() * 0.3
+        moment = whole * (0.1 + attempt * 0.25 + generator.random() * 0.25)
         process = subprocess.Popen(command(texts, out), cwd=ROOT, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL)
         time.sleep(moment)
         os.killpg(process.pid, signal.SIGKILL)

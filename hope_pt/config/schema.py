@@ -194,7 +194,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self):
         if self.source == "shards" and not self.path:
-            raise ValueError('path is empty; name the directory that `hope-data tokenize` wrote')
+            raise ValueError("path is empty; name the directory that `hope-data tokenize` wrote")
         if self.remote and self.backend != "streaming":
             raise ValueError('remote is set but backend = "mds" reads local files only; set backend = "streaming"')
         return self
@@ -226,14 +226,39 @@ class OptimConfig(Section):
 
 
 class EngineConfig(Section):
-    """How megatron-core runs the model. The data-parallel degree is world size / (tensor * pipeline * context)."""
+    """How megatron-core runs the model. The data-parallel degree is world size / (tensor * context * pipeline)."""
 
     tensor_parallel: PositiveInt = 1
-    """Tensor-parallel degree (by memory heads)."""
+    """Tensor-parallel degree: memory heads, CMS hidden units and the vocabulary are divided."""
+    sequence_parallel: bool = True
+    """With tensor_parallel > 1: norms and residuals hold their share of the sequence only."""
     pipeline_parallel: PositiveInt = 1
-    """Pipeline-parallel degree (by depth)."""
+    """Pipeline-parallel degree: blocks are divided by depth."""
+    virtual_stages: PositiveInt = 1
+    """Pieces of the model on every pipeline stage: above 1 the interleaved schedule, with a smaller bubble and more messages."""
+    first_stage_layers: NonNegativeInt = 0
+    """Blocks on the first pipeline stage; 0 divides evenly. The embedding is there too."""
+    last_stage_layers: NonNegativeInt = 0
+    """Blocks on the last pipeline stage; 0 divides evenly. The head and the loss are there too."""
+    overlap_p2p: bool = True
+    """With virtual_stages > 1: send and receive between stages while computing."""
     context_parallel: PositiveInt = 1
-    """Context-parallel degree (by sequence)."""
+    """Context-parallel degree: the sequence is divided into contiguous shards."""
+    context_mode: Literal["heads", "state"] = "heads"
+    """"heads": an all-to-all gives every rank the whole sequence of its share of the heads. "state": every rank keeps its shard of all heads
+    and hands the memory's state to the next."""
+    distributed_optimizer: bool = False
+    """Divide optimizer states and master weights over the data-parallel (and context-parallel) ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass already runs; needs distributed_optimizer and overlap_grad_reduce."""
+    recompute: Literal["none", "block"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, or the inside of every block."""
+    provider: Literal["local", "te", "apex"] = "local"
+    """Linear layers, norms and Adam: megatron's and torch's own, transformer-engine's, or NVIDIA apex's norm and Adam."""
+    fp8: bool = False
+    """fp8 matrix products in the linear layers; needs provider = "te" and a GPU that has them."""
     micro_batch_size: PositiveInt = 8
     """Sequences in one forward pass of one data-parallel rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -253,6 +278,9 @@ class TrainConfig(Section):
     """Optimizer steps."""
     global_batch_size: PositiveInt = 32
     """Sequences in one optimizer step, over all ranks."""
+    segments: PositiveInt = 1
+    """Pieces in which every sequence is read, one forward and backward pass each. The memory carries over from piece to piece; the gradient
+    does not, so activations are those of one piece."""
     seed: NonNegativeInt = 0
     """Seed of the initial parameters."""
 
@@ -266,6 +294,8 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept; an older one goes only after a newer one has been verified."""
     keep_every: NonNegativeInt = 0
     """Steps whose checkpoints are never removed (multiples of this); 0 means none."""
+    asynchronous: bool = False
+    """Write while training goes on; a checkpoint counts from the step at which all ranks have finished it."""
 
 
 class EvalConfig(Section):

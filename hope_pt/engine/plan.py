@@ -13,20 +13,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hope_pt.config.schema import RunConfig
-from hope_pt.engine import cpu
+from hope_pt.engine import cpu, provider
 from hope_pt.engine.compat import Capabilities, accepted, capabilities
 from hope_pt.engine.launch import Launch
+from hope_pt.engine.mesh import Mesh, check_mesh
 from hope_pt.errors import ConfigError, ParallelError
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_UNSUPPORTED_AXES = {
-    "tensor_parallel": "tensor parallelism",
-    "pipeline_parallel": "pipeline parallelism",
-    "context_parallel": "context parallelism",
-}
 
 
 @dataclass(frozen=True)
@@ -44,20 +41,30 @@ class ProcessGroups:
 
 @dataclass(frozen=True)
 class Plan:
-    """The validated layout of a run, seen from one rank."""
+    """The validated layout of a run, seen from one rank. A rehearsal has device "meta": it builds everything and computes nothing."""
 
     rank: int
     world_size: int
-    dp_rank: int
-    dp_size: int
-    tensor_parallel: int
-    pipeline_parallel: int
-    context_parallel: int
-    num_microbatches: int
+    mesh: Mesh
     device: torch.device
     dtype: torch.dtype
     groups: ProcessGroups
     capabilities: Capabilities
+
+    @property
+    def dp_rank(self) -> int:
+        """Which rows of a global batch this rank reads; all ranks of a model share them."""
+        return self.groups.data.rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel degree."""
+        return self.mesh.data
+
+    @property
+    def stage(self) -> int:
+        """Pipeline stage."""
+        return self.groups.pipeline.rank()
 
 
 def start(config: RunConfig, *, launch: Launch | None = None) -> Plan:
@@ -67,32 +74,50 @@ def start(config: RunConfig, *, launch: Launch | None = None) -> Plan:
     started an engine.
     """
     launch = launch or Launch()
-    dp_size = check_layout(config, world_size=launch.world_size)
+    mesh = check_mesh(config, world_size=launch.world_size)
     device = _device(config, local_rank=launch.local_rank)
     found = capabilities()
-    if dist.is_initialized():
-        raise ParallelError(f"rank {launch.rank}: torch.distributed is already initialised in this process; call engine.stop first")
+    provider.check(config.engine, found=found, device=device)
+    _check_not_started(launch)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     if device.type == "cpu":
         cpu.redirect()
     _join(config, device, launch)
-    _initialize_model_parallel(config)
-    groups = _groups()
+    plan = _plan(config, launch=launch, mesh=mesh, device=device, found=found)
     if launch.rank == 0:
-        _LOG.info("engine: %d x %s, %s", launch.world_size, device.type, found)
+        _LOG.info("engine: %d x %s, %s, parts: %s", launch.world_size, device.type, found, config.engine.provider)
+    return plan
+
+
+def rehearse(config: RunConfig, *, world_size: int, rank: int) -> Plan:
+    """The plan of one rank of a job that does not exist: real groups of `world_size` ranks that reach nobody, and the meta device.
+
+    A model built on it has the shapes of that rank and no memory. Call `stop` at the end. Errors as in `start`.
+    """
+    launch = Launch(rank=rank, world_size=world_size)
+    mesh = check_mesh(config, world_size=world_size)
+    _check_not_started(launch)
+    if not torch.cuda.is_available():
+        cpu.redirect()
+    dist.init_process_group(backend="fake", store=FakeStore(), rank=rank, world_size=world_size)
+    return _plan(config, launch=launch, mesh=mesh, device=torch.device("meta"), found=capabilities())
+
+
+def _check_not_started(launch: Launch) -> None:
+    if dist.is_initialized():
+        raise ParallelError(f"rank {launch.rank}: torch.distributed is already initialised in this process; call engine.stop first")
+
+
+def _plan(config: RunConfig, *, launch: Launch, mesh: Mesh, device: torch.device, found: Capabilities) -> Plan:
+    _initialize_model_parallel(config)
     return Plan(
         rank=launch.rank,
         world_size=launch.world_size,
-        dp_rank=groups.data.rank(),
-        dp_size=dp_size,
-        tensor_parallel=config.engine.tensor_parallel,
-        pipeline_parallel=config.engine.pipeline_parallel,
-        context_parallel=config.engine.context_parallel,
-        num_microbatches=config.train.global_batch_size // (dp_size * config.engine.micro_batch_size),
+        mesh=mesh,
         device=device,
         dtype=_DTYPES[config.engine.precision],
-        groups=groups,
+        groups=_groups(),
         capabilities=found,
     )
 
@@ -105,28 +130,6 @@ def stop(plan: Plan) -> None:
     # that waits for threads which only the parent has.
     for name in [name for name, value in vars(parallel_state).items() if isinstance(value, dist.ProcessGroup)]:
         vars(parallel_state)[name] = None
-
-
-def check_layout(config: RunConfig, *, world_size: int) -> int:
-    """Data-parallel degree of `world_size` processes; ParallelError or ConfigError with the key that does not fit. Starts nothing."""
-    for key, words in _UNSUPPORTED_AXES.items():
-        degree = getattr(config.engine, key)
-        if degree != 1:
-            raise ParallelError(f"engine.{key} = {degree}: {words} is not supported by this version; set engine.{key} = 1")
-    model_size = config.engine.tensor_parallel * config.engine.pipeline_parallel * config.engine.context_parallel
-    if world_size % model_size:
-        raise ParallelError(
-            f"{world_size} processes cannot be divided into groups of {model_size} = engine.tensor_parallel * "
-            "engine.pipeline_parallel * engine.context_parallel; start a multiple of that"
-        )
-    dp_size = world_size // model_size
-    rows = dp_size * config.engine.micro_batch_size
-    if config.train.global_batch_size % rows:
-        raise ConfigError(
-            f"train.global_batch_size = {config.train.global_batch_size} is not a multiple of {rows} = {dp_size} data-parallel ranks * "
-            f"engine.micro_batch_size = {config.engine.micro_batch_size}; change one of the three"
-        )
-    return dp_size
 
 
 def _device(config: RunConfig, *, local_rank: int) -> torch.device:
@@ -172,6 +175,7 @@ def _initialize_model_parallel(config: RunConfig) -> None:
         tensor_model_parallel_size=config.engine.tensor_parallel,
         pipeline_model_parallel_size=config.engine.pipeline_parallel,
         context_parallel_size=config.engine.context_parallel,
+        virtual_pipeline_model_parallel_size=config.engine.virtual_stages if config.engine.virtual_stages > 1 else None,
         **options,
     )
 

@@ -1,15 +1,13 @@
-"""What a model costs, from its configuration alone: parameters by class, FLOPs per token, bytes of state.
-
-FLOPs count a multiply-add as two and matrix products only; the memory's inner loop is counted as the chunked form computes it.
-"""
+"""What a model costs, from its configuration alone: parameters by class, FLOPs per token, bytes of state."""
 
 from collections import Counter
 
 import torch
 
 from hope_pt.config.schema import ModelConfig
+from hope_pt.nn import flops
 from hope_pt.nn.lm import HopeLM
-from hope_pt.nn.titans import adaptive_streams
+from hope_pt.nn.mixer import CORES
 
 
 def parameter_class(name: str) -> str:
@@ -41,33 +39,29 @@ def state_bytes(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, *, seq_len: int) -> dict[str, float]:
-    """FLOPs per token by part, "forward" and "training" (forward, backward, and the replay of the memory scans)."""
-    width, layers, heads, k = config.width, config.num_layers, config.num_heads, config.head_width
-    streams = 4 if config.mixer == "titans" else 3
-    parts = {
-        "projections": 2.0 * layers * width * (streams * heads * k + width),
-        "cms": 6.0 * layers * width * config.cms.hidden * len(config.cms.periods),
-        "head": 2.0 * width * config.vocab_size,
+    """FLOPs per token of a sequence of `seq_len` tokens, one document.
+
+    By part, forward: projections, cms, head, and attention or memory. Then the sums: "forward", "backward", "replay" (what a sequence
+    longer than titans.save_every runs twice), "solves" (triangular solves of all passes) and "training", the sum of these four.
+    """
+    layers, levels = config.num_layers, len(config.cms.periods)
+    core = CORES[config.mixer](config, num_heads=config.num_heads)
+    projections = flops.linear(config.width, config.num_heads * core.features_per_head) + flops.linear(config.width, config.width)
+    work = {
+        "projections": projections.times(layers),
+        "cms": flops.linear(config.width, 3 * config.cms.hidden).times(layers * levels),
+        "head": flops.linear(config.width, config.vocab_size),
     }
+    replay = 0.0
     if config.mixer == "attention":
-        parts["attention"] = 4.0 * layers * heads * k * (seq_len + 1) / 2  # causal: half of the score matrix
+        work["attention"] = flops.attention(config, seq_len=seq_len).times(layers)
     else:
-        parts["memory"] = layers * heads * _memory_flops(config)
-    forward = sum(parts.values())
-    return {**parts, "forward": forward, "training": 3 * forward + parts.get("memory", 0.0)}
-
-
-def _memory_flops(config: ModelConfig) -> float:
-    """Forward FLOPs per token and head of both scans (SPEC 2.1)."""
-    titans, k, f = config.titans, config.head_width, config.memory_hidden
-    matrices = 2 if titans.memory == "mlp" else 1
-    product = 2.0 * k * (f if titans.memory == "mlp" else k)  # one token through one weight matrix
-    signals = product * (matrices * (2 if titans.self_target else 1) + (matrices - 1))  # keys (and targets), error to the first layer
-    writes = product * matrices
-    stack = adaptive_streams(titans)
-    # eta and alpha are scalars: their second matrix meets the readout vector once, not every token
-    reads = product * sum(1 if name in ("eta", "alpha") else matrices for name in stack)
-    generating = reads + len(stack) * (signals + writes) + (4.0 * titans.chunk_proj * k if stack else 0)
-    size = titans.chunk_mem
-    inside = product * matrices + 2.0 * size * (k + 3 * f) if titans.read == "causal" else product * matrices
-    return generating + signals + writes + inside + 4.0 * size * k
+        scans, replay = flops.memory(config, seq_len=seq_len)
+        work["memory"], replay = scans.times(layers), replay * layers
+    sums = {
+        "forward": sum(part.forward for part in work.values()),
+        "backward": sum(part.backward for part in work.values()),
+        "replay": replay,
+        "solves": sum(part.solves for part in work.values()),
+    }
+    return {**{name: part.forward for name, part in work.items()}, **sums, "training": sum(sums.values())}

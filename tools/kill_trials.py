@@ -195,7 +195,7 @@ def _outcome(root: Path, *, out: str) -> dict:
         "metrics": [{key: value for key, value in record.items() if key not in CLOCKS} for record in records],
         "step": newest.step,
         "consumed": newest.meta["consumed_samples"],
-        "tensors": {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in newest.tensors.items()},
+        "tensors": {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in newest.tensors().items()},
         "ledger": ledger,
     }
 

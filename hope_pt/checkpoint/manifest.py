@@ -1,18 +1,20 @@
-"""The manifest of a checkpoint: step, and size and sha256 of every file; it carries its own sha256.
+"""The manifest of a checkpoint: step, who wrote it, and size and sha256 of every file; it carries its own sha256.
 
-`verify` accepts a directory only if its name, the manifest and all bytes agree, so a flipped byte, a truncated, missing or exchanged
-file, and a directory under another step's name are each an error that says which.
+`verify` accepts a directory only if its name, the manifest and all bytes agree, so a flipped byte, a truncated, missing, exchanged or
+foreign file, and a directory under another step's name are each an error that says which.
 """
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-from hope_pt.checkpoint.files import write_text
+from hope_pt.engine import collectives
 from hope_pt.errors import CheckpointError
+from hope_pt.files import write_text
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def directory_name(step: int) -> str:
@@ -34,29 +36,49 @@ def list_steps(root: Path) -> list[int]:
     return sorted(step for step in steps if step is not None)
 
 
-def write_manifest(directory: Path, *, step: int) -> None:
-    """Hashes every file of `directory` and writes its manifest."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(directory.iterdir())}
-    write_text(directory / MANIFEST, text=_render({"format": FORMAT, "step": step, "files": files}))
+def describe(directory: Path, *, names: Iterable[str]) -> dict[str, dict]:
+    """What a manifest says of the named files: size and sha256 of the bytes that are read back."""
+    return {name: {"bytes": (directory / name).stat().st_size, "sha256": _sha256(directory / name)} for name in names}
 
 
-def verify(directory: Path) -> None:
-    """Reads every byte of a committed checkpoint; raises CheckpointError naming the first thing that is wrong."""
+def write_manifest(directory: Path, *, step: int, layout: str, files: dict[str, dict]) -> None:
+    """Writes the manifest of a directory that has exactly `files`, as `describe` gives them; `layout` is a note for people."""
+    write_text(directory / MANIFEST, text=_render({"format": FORMAT, "step": step, "layout": layout, "files": files}))
+
+
+def verify(directory: Path, *, part: int = 0, parts: int = 1) -> None:
+    """Checks a committed checkpoint and reads every byte of its share of the files; CheckpointError names the first thing that is wrong.
+
+    Of `parts` ranks that divide the reading this is number `part`. Names and sizes are checked by each.
+    """
     try:
         payload = _read(directory)
         if payload["step"] != step_of(directory):
             raise CheckpointError(f"{directory}: {MANIFEST} is that of step {payload['step']}")
-        for name, expected in payload["files"].items():
-            path = directory / name
-            if not path.is_file():
-                raise CheckpointError(f"{directory}: {name} is missing")
-            if path.stat().st_size != expected["bytes"]:
-                raise CheckpointError(f"{directory}: {name} has {path.stat().st_size} bytes, the manifest says {expected['bytes']}")
-            actual = _sha256(path)
-            if actual != expected["sha256"]:
-                raise CheckpointError(f"{directory}: {name} has sha256 {actual[:12]}, the manifest says {expected['sha256'][:12]}")
+        foreign = sorted({path.name for path in directory.iterdir()} - payload["files"].keys() - {MANIFEST})
+        if foreign:
+            raise CheckpointError(f"{directory}: {foreign[0]} is not in the manifest")
+        for index, (name, expected) in enumerate(payload["files"].items()):
+            _verify_file(directory, name=name, expected=expected, content=index % parts == part)
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror or error}") from error
+
+
+def verify_together(directory: Path) -> None:
+    """Collective: `verify`, the reading divided over the ranks; CheckpointError on all of them if any finds something wrong."""
+    with collectives.together():
+        verify(directory, part=collectives.rank(), parts=collectives.size())
+
+
+def _verify_file(directory: Path, *, name: str, expected: dict, content: bool) -> None:
+    path = directory / name
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: {name} is missing")
+    if path.stat().st_size != expected["bytes"]:
+        raise CheckpointError(f"{directory}: {name} has {path.stat().st_size} bytes, the manifest says {expected['bytes']}")
+    actual = _sha256(path) if content else expected["sha256"]
+    if actual != expected["sha256"]:
+        raise CheckpointError(f"{directory}: {name} has sha256 {actual[:12]}, the manifest says {expected['sha256'][:12]}")
 
 
 def _read(directory: Path) -> dict:

@@ -2,16 +2,14 @@
 
 from pathlib import Path
 
-from hope_pt.checkpoint.files import fsync, remove_tree, rename
-from hope_pt.checkpoint.manifest import directory_name, list_steps, verify
+from hope_pt.checkpoint.manifest import directory_name, list_steps
+from hope_pt.files import fsync, remove_tree, rename
 
 
 def prune(root: Path, *, newest: int, keep: int, keep_every: int) -> None:
-    """Reads step `newest` back from the disk, then removes the older ones that nothing keeps; CheckpointError removes none."""
+    """Removes the checkpoints before step `newest` that nothing keeps; the caller has read `newest` back from the disk and verified it."""
     older = [step for step in list_steps(root) if step < newest]
-    doomed = older[: max(0, len(older) - (keep - 1))]
-    verify(root / directory_name(newest))
-    for step in doomed:
+    for step in older[: max(0, len(older) - (keep - 1))]:
         if not (keep_every and step % keep_every == 0):
             remove_tree(root / directory_name(step))
     fsync(root)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hope_pt import data, evals
-from hope_pt.checkpoint.files import replace_text
 from hope_pt.errors import DataError, EvalError, HopeError
+from hope_pt.files import replace_text
 from hope_pt.train.trained import load_trained, require_tokenizer
 
 

@@ -13,10 +13,33 @@ from hope_pt.engine.launch import Launch
 if TYPE_CHECKING:
     from hope_pt.engine.plan import Plan, ProcessGroups, start, stop
     from hope_pt.engine.step import StepResult, TrainEngine
+    from hope_pt.engine.storage import prepare_write, read_shards
+    from hope_pt.engine.tensor_files import read_full
 
-__all__ = ["Launch", "Plan", "ProcessGroups", "StepResult", "TrainEngine", "start", "stop"]
+__all__ = [
+    "Launch",
+    "Plan",
+    "ProcessGroups",
+    "StepResult",
+    "TrainEngine",
+    "prepare_write",
+    "read_full",
+    "read_shards",
+    "start",
+    "stop",
+]
 
-_HOME = {"Plan": "plan", "ProcessGroups": "plan", "start": "plan", "stop": "plan", "StepResult": "step", "TrainEngine": "step"}
+_HOME = {
+    "Plan": "plan",
+    "ProcessGroups": "plan",
+    "start": "plan",
+    "stop": "plan",
+    "StepResult": "step",
+    "TrainEngine": "step",
+    "prepare_write": "storage",
+    "read_shards": "storage",
+    "read_full": "tensor_files",
+}
 
 prepare_import()
 

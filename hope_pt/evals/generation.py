@@ -3,7 +3,6 @@
 A stream that is saved after N tokens and continued for M gives, at temperature 0, the same tokens as one stream of N + M.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from hope_pt.config import config_hash
 from hope_pt.errors import CheckpointError, EvalError
 from hope_pt.evals.scoring import evaluating
+from hope_pt.files import replacing
 from hope_pt.nn import HopeLM, LMState
 
 _FORMAT = "hope-memory-1"
@@ -65,16 +65,12 @@ def _pick(logits_V: torch.Tensor, *, temperature: float, generator: torch.Genera
 def save_memory(memory: Memory, path: str | Path, *, lm: HopeLM) -> None:
     """Writes a memory as one safetensors file, whole or not at all; raises CheckpointError if the disk refuses."""
     path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     metadata = {"format": _FORMAT, "model": config_hash(lm.config), "last": str(memory.last)}
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in memory.state.to_tensors().items()}
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write the memory to {path}: {error}; name a file in a directory that can be written") from error
 
 

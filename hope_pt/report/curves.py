@@ -9,10 +9,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from hope_pt.checkpoint.files import replace_text
 from hope_pt.config import loads
 from hope_pt.config.schema import RunConfig
 from hope_pt.errors import HopeError
+from hope_pt.files import replace_text
 from hope_pt.report import metrics
 
 STORED_TRAINING_LINES = 200

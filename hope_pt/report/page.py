@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from hope_pt.checkpoint.files import replace_text
 from hope_pt.config import diff, to_toml
 from hope_pt.errors import HopeError
+from hope_pt.files import replace_text
 from hope_pt.report import plots
 from hope_pt.report.curves import Curve
 from hope_pt.report.samples import Sample

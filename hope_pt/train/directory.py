@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hope_pt.checkpoint.files import replace_text
 from hope_pt.errors import HopeError
+from hope_pt.files import replace_text
 from hope_pt.train.lock import RunLock
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

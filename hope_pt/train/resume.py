@@ -1,9 +1,9 @@
 """May this configuration continue that run? Everything that decides a loss must be unchanged; the rest may differ.
 
 Free to change: where the run and the data lie, how often things are saved and measured, trackers, reader processes, time limits, the
-parallel layout, the micro-batch and the kernel backend (results then agree up to rounding, and the log says so). `train.steps` may change
-if the learning rate of every step already taken is the same under both lengths: "wsd" before its decay, never "cosine" after its
-warm-up.
+parallel layout, the provider of linear layers, the micro-batch and the kernel backend (results then agree up to rounding, and the log says
+so). `train.steps` may change if the learning rate of every step already taken is the same under both lengths: "wsd" before its decay, never
+"cosine" after its warm-up.
 """
 
 import logging
@@ -17,11 +17,33 @@ from hope_pt.train.state import FORMAT
 
 LOG = logging.getLogger(__name__)
 
-FREE = ("name", "out", "data.path", "data.backend", "data.remote", "data.num_workers", "engine.timeout_s", "checkpoint.", "eval.", "track.")
+FREE = (
+    "name",
+    "out",
+    "data.path",
+    "data.backend",
+    "data.remote",
+    "data.num_workers",
+    "engine.overlap_p2p",
+    "engine.overlap_grad_reduce",
+    "engine.overlap_param_gather",
+    "engine.timeout_s",
+    "checkpoint.",
+    "eval.",
+    "track.",
+)
 FREE_UP_TO_ROUNDING = (
     "engine.tensor_parallel",
+    "engine.sequence_parallel",
     "engine.pipeline_parallel",
+    "engine.virtual_stages",
+    "engine.first_stage_layers",
+    "engine.last_stage_layers",
     "engine.context_parallel",
+    "engine.context_mode",
+    "engine.distributed_optimizer",
+    "engine.recompute",
+    "engine.provider",
     "engine.micro_batch_size",
     "engine.device",
     "engine.threads",

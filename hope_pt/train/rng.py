@@ -1,4 +1,4 @@
-"""States of the random generators of torch, numpy and Python as tensors and JSON, without pickle.
+"""States of the random generators of torch, numpy and Python as JSON, without pickle.
 
 No step draws random numbers by itself; starting them from the run's seed and saving them keeps a resume exact for whatever does.
 """
@@ -7,7 +7,6 @@ import random
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 def seed(value: int) -> None:
@@ -17,27 +16,34 @@ def seed(value: int) -> None:
     random.seed(value)
 
 
-def capture() -> tuple[dict[str, Tensor], dict]:
-    """States of this process: tensors `rng.*` (uint8, int64) and JSON scalars."""
+def capture() -> dict:
+    """States of this process as JSON values; long ones are the hexadecimal digits of their bytes."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, python_keys, python_gauss = random.getstate()
-    tensors = {
-        "rng.torch": torch.get_rng_state(),
-        "rng.numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64).copy()),
-        "rng.python": torch.tensor(python_keys, dtype=torch.int64),
+    states = {
+        "torch": _to_hex(torch.get_rng_state()),
+        "numpy": [name, np.asarray(keys, dtype=np.uint32).tobytes().hex(), position, has_gauss, gauss],
+        "python": [version, np.asarray(python_keys, dtype=np.uint32).tobytes().hex(), python_gauss],
     }
     if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    scalars = {"numpy": [name, position, has_gauss, gauss], "python": [version, python_gauss]}
-    return tensors, scalars
+        states["cuda"] = _to_hex(torch.cuda.get_rng_state())
+    return states
 
 
-def restore(tensors: dict[str, Tensor], *, scalars: dict) -> None:
+def restore(states: dict) -> None:
     """Sets the generators to what `capture` returned; the GPU's only where both processes have one."""
-    name, position, has_gauss, gauss = scalars["numpy"]
-    version, python_gauss = scalars["python"]
-    torch.set_rng_state(tensors["rng.torch"])
-    np.random.set_state((name, tensors["rng.numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
-    random.setstate((version, tuple(tensors["rng.python"].tolist()), python_gauss))
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    torch.set_rng_state(_from_hex(states["torch"]))
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((name, np.frombuffer(bytes.fromhex(keys), dtype=np.uint32), position, has_gauss, gauss))
+    version, keys, python_gauss = states["python"]
+    random.setstate((version, tuple(np.frombuffer(bytes.fromhex(keys), dtype=np.uint32).tolist()), python_gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_from_hex(states["cuda"]))
+
+
+def _to_hex(state_B: torch.Tensor) -> str:
+    return state_B.numpy().tobytes().hex()
+
+
+def _from_hex(digits: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(digits), dtype=torch.uint8)

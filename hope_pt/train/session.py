@@ -1,7 +1,7 @@
 """One session of a run: open, continue or begin, loop, close.
 
-Order: samples, lock, newest checkpoint and the question whether it fits, engine, state, hooks. Everything that can be wrong with the
-input is found before configuration, metrics or checkpoints of the run are touched.
+Order: samples, lock, process groups, newest checkpoint and the question whether it fits, engine, state, hooks. Everything that can be
+wrong with the input is found before configuration, metrics or checkpoints of the run are touched.
 """
 
 import logging
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from hope_pt import checkpoint, data, engine
 from hope_pt.config import loads, to_toml
 from hope_pt.config.schema import RunConfig
+from hope_pt.engine.sharding import Shard
 from hope_pt.errors import DivergenceError, HopeError
 from hope_pt.report import metrics, tracking
 from hope_pt.report.metrics import MetricsFile, Sink
@@ -56,12 +55,12 @@ def run(config: RunConfig, *, launch: engine.Launch | None = None) -> RunResult:
         heldout = stack.enter_context(closing(data.open_source(config.data, split="heldout", vocab_size=config.model.vocab_size)))
         stack.callback(directory.close)
         directory.open(rank=launch.rank)
+        plan = engine.start(config, launch=launch)
+        stack.callback(engine.stop, plan)
         newest = _find(config, directory=directory, fingerprint=train.fingerprint)
         if newest and newest.step >= config.train.steps:
             LOG.info("%s already has its %d steps", directory.path, newest.step)
             return RunResult(path=directory.path, steps=newest.step)
-        plan = engine.start(config, launch=launch)
-        stack.callback(engine.stop, plan)
         _train(config, plan=plan, directory=directory, newest=newest, train=train, heldout=heldout)
     return RunResult(path=directory.path, steps=config.train.steps)
 
@@ -158,12 +157,15 @@ def _hooks(
     hooks.append(MeasureHook(measure, sinks=sinks, every=schedule.every, at_start=schedule.at_start, last_step=last, announce=True))
     code = code_version()
 
-    def snapshot(record: StepRecord) -> tuple[dict[str, Tensor], dict]:
+    def snapshot(record: StepRecord) -> tuple[list[Shard], dict]:
         progress = Progress(step=record.step, consumed=record.step * config.train.global_batch_size, wall_s=record.wall_s)
         return capture(trainer, progress=progress, config=config, fingerprint=train.fingerprint, code_version=code)
 
-    root = directory.checkpoints if writer else None
-    hooks.append(CheckpointHook(snapshot, root=root, config=config.checkpoint, last_step=last, sinks=sinks))
+    hooks.append(
+        CheckpointHook(
+            snapshot, root=directory.checkpoints, layout=str(plan.mesh), config=config.checkpoint, last_step=last, sinks=sinks
+        )
+    )
     if writer:
         hooks += [StatusHook(directory, num_steps=last), ProgressHook(num_steps=last)]
     return hooks

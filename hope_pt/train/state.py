@@ -1,21 +1,21 @@
 """What a checkpoint holds, and how it becomes a running session again (DESIGN decision 6).
 
-Tensors: `model.*` and `optim.*` from the engine, `rng.*`. Meta, as JSON: the engine's scalars (step, clocks), the data cursor (global
-samples consumed), seconds trained, RNG scalars, the resolved configuration as text and its hash, the data's fingerprint, the code's
-version, and the chunk lengths that the model only works with.
+Tensors: `model.*` and `optim.*`, every rank its shards. Meta, as JSON, equal on all ranks: the engine's scalars (step, clocks), the data
+cursor (global samples consumed), seconds trained, the first rank's random generators, the resolved configuration as text and its hash, the
+data's fingerprint, the code's version, and the chunk lengths that the model only works with.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from hope_pt.checkpoint import Checkpoint
 from hope_pt.config import config_hash, to_toml
 from hope_pt.config.schema import RunConfig
+from hope_pt.engine import collectives
+from hope_pt.engine.sharding import Shard
 from hope_pt.train import rng
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -29,30 +29,29 @@ class Progress:
     """Seconds in steps, over all sessions."""
 
 
-def capture(engine: Any, *, progress: Progress, config: RunConfig, fingerprint: str, code_version: str) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and meta of `engine` after `progress.step` steps; a collective of all ranks, because the engine's state is."""
+def capture(engine: Any, *, progress: Progress, config: RunConfig, fingerprint: str, code_version: str) -> tuple[list[Shard], dict]:
+    """Collective. This rank's shards and the meta of `engine` after `progress.step` steps."""
     tensors, scalars = engine.state()
-    rng_tensors, rng_scalars = rng.capture()
+    shards = [Shard(name, tensor) for name, tensor in tensors.items()] if collectives.rank() == 0 else []
     meta = {
         "format": FORMAT,
         "step": progress.step,
         "consumed_samples": progress.consumed,
         "wall_s": progress.wall_s,
         "engine": scalars,
-        "rng": rng_scalars,
+        "rng": collectives.broadcast(rng.capture()),
         "config": to_toml(config),
         "config_hash": config_hash(config),
         "fingerprint": fingerprint,
         "code_version": code_version,
         "chunk_lengths": {"memory": config.model.titans.chunk_mem, "projection": config.model.titans.chunk_proj},
     }
-    return {**tensors, **rng_tensors}, meta
+    return shards, meta
 
 
 def restore(checkpoint: Checkpoint, *, engine: Any) -> Progress:
-    """Loads engine and generators from a checkpoint that `resume.check` has accepted."""
+    """Collective. Loads engine and generators from a checkpoint that `resume.check` has accepted."""
     meta = checkpoint.meta
-    own = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("rng.")}
-    engine.load_state({name: tensor for name, tensor in checkpoint.tensors.items() if name not in own}, meta["engine"])
-    rng.restore(own, scalars=meta["rng"])
+    engine.load_state(checkpoint.tensors(), meta["engine"])
+    rng.restore(meta["rng"])
     return Progress(step=meta["step"], consumed=meta["consumed_samples"], wall_s=meta["wall_s"])

@@ -43,7 +43,7 @@ def load_trained(run: str | Path, *, step: int | None = None) -> Trained:
         found = checkpoint.load(path)
     config = loads(found.meta["config"], source=str(found.path / "meta.json"))
     lm = HopeLM(config.model)
-    lm.load_state_dict({name.removeprefix("model."): tensor for name, tensor in found.tensors.items() if name.startswith("model.")})
+    lm.load_state_dict({name.removeprefix("model."): tensor for name, tensor in found.tensors(prefix="model.").items()})
     tokenizer = directory.tokenizer if directory.tokenizer.exists() else None
     return Trained(config=config, lm=lm.eval(), step=found.step, fingerprint=found.meta["fingerprint"], tokenizer=tokenizer)
 

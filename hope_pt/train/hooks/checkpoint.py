@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hope_pt import checkpoint
 from hope_pt.config.schema import CheckpointConfig
+from hope_pt.engine import collectives
+from hope_pt.engine.sharding import Shard
 from hope_pt.errors import DivergenceError
 from hope_pt.report.metrics import Sink
 from hope_pt.train.hooks.base import Hook, StepRecord, due
@@ -17,42 +18,59 @@ LOG = logging.getLogger(__name__)
 
 
 class CheckpointHook(Hook):
-    """`capture(record)` -> (tensors, meta); every rank calls it (it may gather), the rank with `root` writes."""
+    """`capture(record)` -> (this rank's shards, meta). On every rank, because saving is collective; the first one has the sinks.
+
+    Asynchronous: at most one checkpoint is on its way. It is committed after the first step at which all ranks have written theirs, before
+    the next one begins, and after the last step.
+    """
 
     def __init__(
         self,
-        capture: Callable[[StepRecord], tuple[dict[str, Tensor], dict]],
+        capture: Callable[[StepRecord], tuple[list[Shard], dict]],
         *,
-        root: Path | None,
+        root: Path,
+        layout: str,
         config: CheckpointConfig,
         last_step: int,
         sinks: Sequence[Sink],
     ):
-        self._capture, self._root, self._config, self._last_step, self._sinks = capture, root, config, last_step, sinks
+        self._capture, self._root, self._layout = capture, root, layout
+        self._config, self._last_step, self._sinks = config, last_step, sinks
+        self._saving: checkpoint.Saving | None = None
 
     def after_step(self, record: StepRecord) -> None:
         """Saves where it is due, and after the last step."""
-        if due(record.step, every=self._config.every) or record.step == self._last_step:
-            self._save(record)
+        last = record.step == self._last_step
+        begins = last or due(record.step, every=self._config.every)
+        self._advance(wait=begins)
+        if begins:
+            self._begin(record)
+            self._advance(wait=last or not self._config.asynchronous)
 
-    def _save(self, record: StepRecord) -> None:
-        tensors, meta = self._capture(record)
-        _check_finite(tensors, step=record.step)
-        if self._root is None:
-            return
+    def close(self) -> None:
+        """A session that ends before its last step loses the checkpoint that was on its way; the ranks may not be together any more."""
+        if self._saving is not None:
+            self._saving.abandon()
+
+    def _begin(self, record: StepRecord) -> None:
+        shards, meta = self._capture(record)
+        _check_finite(shards, step=record.step)
         for sink in self._sinks:
             sink.sync()
-        path = checkpoint.save(
-            self._root, step=record.step, tensors=tensors, meta=meta, keep=self._config.keep, keep_every=self._config.keep_every
-        )
-        LOG.debug("saved %s", path)
+        retention = {"keep": self._config.keep, "keep_every": self._config.keep_every}
+        self._saving = checkpoint.Saving(self._root, step=record.step, shards=shards, meta=meta, layout=self._layout, **retention)
+
+    def _advance(self, *, wait: bool) -> None:
+        if self._saving is not None and self._saving.advance(wait=wait):
+            self._saving = None
 
 
-def _check_finite(tensors: dict[str, Tensor], *, step: int) -> None:
-    """The loss of a step is that of the weights before it; the weights after it are looked at here."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise DivergenceError(
-                f"step {step}: {name} has values that are not finite; the state was not saved and the same command would meet this "
-                "step again: lower optim.lr or optim.clip"
-            )
+def _check_finite(shards: Sequence[Shard], *, step: int) -> None:
+    """Collective. The loss of a step is that of the weights before it; the weights after it are looked at here."""
+    with collectives.together():
+        for shard in shards:
+            if shard.data.is_floating_point() and not torch.isfinite(shard.data).all():
+                raise DivergenceError(
+                    f"step {step}: {shard.name} has values that are not finite; the state was not saved and the same command would meet "
+                    "this step again: lower optim.lr or optim.clip"
+                )

@@ -3,13 +3,17 @@
 import json
 import logging
 import os
+import threading
 
 import pytest
 import torch
 
-from hope_pt import checkpoint
-from hope_pt.checkpoint import files
+from hope_pt import checkpoint, files
+from hope_pt.checkpoint.manifest import _render
+from hope_pt.engine.sharding import Shard
 from hope_pt.errors import CheckpointError
+
+SHARD_FILE = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def tensors_of(step: int) -> dict[str, torch.Tensor]:
@@ -18,21 +22,33 @@ def tensors_of(step: int) -> dict[str, torch.Tensor]:
         "model.a.weight": torch.randn(7, 3, generator=generator),
         "model.b": torch.randn((), generator=generator),
         "optim.a.exp_avg": torch.randn(7, 3, generator=generator, dtype=torch.float64),
-        "optim.empty": torch.zeros(0, 4),
-        "rng.torch": torch.arange(step % 7, 50, dtype=torch.uint8),
+        "optim.count": torch.arange(step % 7, 50, dtype=torch.uint8),
         "model.half": torch.randn(5, generator=generator).to(torch.bfloat16),
         "model.flag": torch.tensor([True, False]),
     }
 
 
-def save(root, step: int, *, keep: int = 10, keep_every: int = 0):
-    return checkpoint.save(
-        root, step=step, tensors=tensors_of(step), meta={"step": step, "loss": 0.1 + step}, keep=keep, keep_every=keep_every
-    )
+def shards_of(tensors: dict[str, torch.Tensor]) -> list[Shard]:
+    return [Shard(name, tensor) for name, tensor in tensors.items()]
+
+
+def arguments(step: int, *, tensors=None, keep: int = 10, keep_every: int = 0) -> dict:
+    shards = shards_of(tensors_of(step) if tensors is None else tensors)
+    return {"step": step, "shards": shards, "meta": {"step": step, "loss": 0.1 + step}, "layout": "", "keep": keep, "keep_every": keep_every}
+
+
+def save(root, step: int, **options):
+    return checkpoint.save(root, **arguments(step, **options))
 
 
 def steps_in(root) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir())
+
+
+def same(loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return loaded.keys() == expected.keys() and all(
+        loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor) for name, tensor in expected.items()
+    )
 
 
 def test_tensors_and_meta_come_back_bit_for_bit(tmp_path):
@@ -41,16 +57,39 @@ def test_tensors_and_meta_come_back_bit_for_bit(tmp_path):
     assert path == tmp_path / "step-00000500" == loaded.path
     assert (tmp_path / "latest").read_text() == "step-00000500\n"
     assert loaded.step == 500 and loaded.meta == {"step": 500, "loss": 500.1}
-    expected = tensors_of(500)
-    assert loaded.tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert loaded.tensors[name].dtype == tensor.dtype and torch.equal(loaded.tensors[name], tensor), name
+    assert same(loaded.tensors(), tensors_of(500))
+    assert loaded.tensors(prefix="optim.").keys() == {"optim.a.exp_avg", "optim.count"}
+
+
+def test_tensors_are_read_in_place(tmp_path):
+    save(tmp_path, 5)
+    targets = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(5).items()}
+    checkpoint.load_newest(tmp_path).read(shards_of(targets))
+    assert same(targets, tensors_of(5))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda wanted: wanted.pop("model.b"), r"0 tensors are missing \(\) and 1 are unknown \(model.b\)"),
+        (lambda wanted: wanted.update({"model.c": torch.zeros(2)}), r"1 tensors are missing \(model.c\) and 0 are unknown"),
+        (lambda wanted: wanted.update({"model.a.weight": torch.zeros(3, 7)}), r"model.a.weight is \(7, 3\) .* and \(3, 7\)"),
+        (lambda wanted: wanted.update({"model.half": torch.zeros(5)}), r"model.half is \(5,\) torch.bfloat16 .* torch.float32 in this model"),
+    ],
+    ids=["one less", "one more", "shape", "dtype"],
+)
+def test_only_what_is_stored_is_read(change, expected, tmp_path):
+    save(tmp_path, 5)
+    wanted = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(5).items()}
+    change(wanted)
+    with pytest.raises(CheckpointError, match=expected):
+        checkpoint.load_newest(tmp_path).read(shards_of(wanted))
 
 
 def test_views_of_one_storage_are_saved_as_their_own_values(tmp_path):
     base = torch.arange(12.0).view(3, 4)
-    checkpoint.save(tmp_path, step=1, tensors={"m.rows": base[1:], "m.columns": base.T}, meta={}, keep=1, keep_every=0)
-    loaded = checkpoint.load_newest(tmp_path).tensors
+    save(tmp_path, 1, tensors={"m.rows": base[1:], "m.columns": base.T})
+    loaded = checkpoint.load_newest(tmp_path).tensors()
     assert torch.equal(loaded["m.rows"], base[1:]) and torch.equal(loaded["m.columns"], base.T)
 
 
@@ -61,7 +100,38 @@ def test_nothing_there_is_none(tmp_path):
 
 def test_no_file_is_a_pickle(tmp_path):
     path = save(tmp_path, 1)
-    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+    assert {file.name for file in path.iterdir()} == {"manifest.json", "meta.json", SHARD_FILE}
+
+
+def test_a_save_in_the_background_stores_the_values_of_its_step(tmp_path, monkeypatch):
+    """The writer is held back until the values have changed, as a slow disk would."""
+    release, real = threading.Event(), os.fsync
+
+    def slow(descriptor):
+        if threading.current_thread().name == "checkpoint":
+            assert release.wait(10)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    values = tensors_of(8)
+    saving = checkpoint.Saving(tmp_path, **arguments(8, tensors=values))
+    for tensor in values.values():
+        tensor.zero_()
+    assert not saving.advance(wait=False) and checkpoint.load_newest(tmp_path) is None
+    release.set()
+    assert saving.advance(wait=True)
+    loaded = checkpoint.load_newest(tmp_path)
+    assert loaded.step == 8 and same(loaded.tensors(), tensors_of(8))
+
+
+def test_an_abandoned_save_leaves_only_what_the_next_one_removes(tmp_path):
+    save(tmp_path, 1)
+    saving = checkpoint.Saving(tmp_path, **arguments(2))
+    saving.abandon()
+    del saving
+    assert checkpoint.load_newest(tmp_path).step == 1
+    save(tmp_path, 3)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000001", "step-00000003"]
 
 
 def test_retention_keeps_the_newest_and_the_multiples(tmp_path):
@@ -76,24 +146,24 @@ def test_an_old_checkpoint_stays_if_the_new_one_reads_back_wrong(tmp_path, monke
 
     def flip_after_commit(path, *, text):
         real(path, text=text)
-        victim = path.parent / text.strip() / "model.safetensors"
+        victim = path.parent / text.strip() / SHARD_FILE
         data = bytearray(victim.read_bytes())
         data[-1] ^= 1
         victim.write_bytes(data)
 
     monkeypatch.setattr("hope_pt.checkpoint.write.replace_text", flip_after_commit)
-    with pytest.raises(CheckpointError, match="model.safetensors has sha256"):
+    with pytest.raises(CheckpointError, match=f"{SHARD_FILE} has sha256"):
         save(tmp_path, 2, keep=1)
     assert checkpoint.load_newest(tmp_path).step == 1
 
 
 def test_fallback_names_what_was_wrong(tmp_path, caplog):
     save(tmp_path, 1)
-    victim = save(tmp_path, 2) / "optim.safetensors"
+    victim = save(tmp_path, 2) / SHARD_FILE
     victim.write_bytes(victim.read_bytes()[:-1])
     with caplog.at_level(logging.WARNING):
         assert checkpoint.load_newest(tmp_path).step == 1
-    assert "step-00000002: optim.safetensors has" in caplog.text and "falling back to" in caplog.text
+    assert f"step-00000002: {SHARD_FILE} has" in caplog.text and "falling back to" in caplog.text
 
 
 def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(tmp_path):
@@ -137,16 +207,14 @@ def test_leftovers_of_dead_writers_are_removed(tmp_path):
 
 def test_meta_must_be_finite_json(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        checkpoint.save(tmp_path, step=1, tensors={}, meta={"loss": float("nan")}, keep=1, keep_every=0)
+        checkpoint.save(tmp_path, **{**arguments(1), "meta": {"loss": float("nan")}})
     assert os.listdir(tmp_path) == []
 
 
 def test_another_format_is_refused_by_number(tmp_path):
     path = save(tmp_path, 1) / "manifest.json"
-    from hope_pt.checkpoint.manifest import _render
-
     payload = json.loads(path.read_text())
     del payload["sha256"]
-    path.write_text(_render({**payload, "format": 2}))
-    with pytest.raises(CheckpointError, match="format 2, this version reads format 1"):
+    path.write_text(_render({**payload, "format": 1}))
+    with pytest.raises(CheckpointError, match="format 1, this version reads format 2"):
         checkpoint.load(path.parent)

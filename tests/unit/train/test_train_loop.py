@@ -9,6 +9,7 @@ import torch
 
 from hope_pt import checkpoint
 from hope_pt.config.schema import CheckpointConfig
+from hope_pt.engine.sharding import Shard
 from hope_pt.errors import DivergenceError
 from hope_pt.report import metrics
 from hope_pt.report.metrics import MetricsFile
@@ -42,7 +43,7 @@ class FakeEngine:
 
     def capture(self, record: StepRecord):
         weight = float("inf") if record.step in self._losses and self._losses[record.step] < 0 else float(record.step)
-        return {"model.w": torch.tensor([weight])}, {"step": record.step}
+        return [Shard("model.w", torch.tensor([weight]))], {"step": record.step}
 
 
 class Spy(Hook):
@@ -77,7 +78,7 @@ def test_metrics_lines_have_the_agreed_keys_and_exact_floats(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(bad, tmp_path):
     engine = FakeEngine(losses={4: bad})
     sink = MetricsFile(tmp_path / "metrics.jsonl")
-    saving = CheckpointHook(engine.capture, root=tmp_path / "c", config=CheckpointConfig(every=2), last_step=10, sinks=[sink])
+    saving = CheckpointHook(engine.capture, root=tmp_path / "c", layout="", config=CheckpointConfig(every=2), last_step=10, sinks=[sink])
     with pytest.raises(DivergenceError, match="step 4: loss = (nan|inf).*lower optim.lr"):
         fit(engine, batches=iter(range(99)), num_steps=10, tokens_per_step=1, hooks=[MetricsHook([sink]), saving])
     assert [record["step"] for record in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
@@ -101,7 +102,7 @@ def test_one_dropped_gradient_is_recorded_and_three_in_a_row_stop_the_run(tmp_pa
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     engine = FakeEngine(losses={4: -1.0})
-    saving = CheckpointHook(engine.capture, root=tmp_path, config=CheckpointConfig(every=2), last_step=10, sinks=[])
+    saving = CheckpointHook(engine.capture, root=tmp_path, layout="", config=CheckpointConfig(every=2), last_step=10, sinks=[])
     with pytest.raises(DivergenceError, match="step 4: model.w has values that are not finite"):
         fit(engine, batches=iter(range(99)), num_steps=10, tokens_per_step=1, hooks=[saving])
     assert checkpoint.load_newest(tmp_path).step == 2
@@ -110,7 +111,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 @pytest.mark.parametrize(("every", "steps", "expected"), [(0, 5, [5]), (2, 5, [2, 4, 5]), (5, 5, [5])])
 def test_checkpoints_are_saved_where_due_and_once_at_the_end(every, steps, expected, tmp_path):
     engine = FakeEngine()
-    saving = CheckpointHook(engine.capture, root=tmp_path, config=CheckpointConfig(every=every, keep=9), last_step=steps, sinks=[])
+    config = CheckpointConfig(every=every, keep=9)
+    saving = CheckpointHook(engine.capture, root=tmp_path, layout="", config=config, last_step=steps, sinks=[])
     fit(engine, batches=iter(range(99)), num_steps=steps, tokens_per_step=1, hooks=[saving])
     assert sorted(int(path.name[5:]) for path in tmp_path.glob("step-*")) == expected
 

@@ -4,8 +4,10 @@ The order is always: write under a temporary name, fsync the file, rename, fsync
 belong to a writer; whoever holds the run's lock may remove them, because their writer is dead.
 """
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
@@ -26,16 +28,27 @@ def write_text(path: Path, *, text: str) -> None:
     fsync(path)
 
 
-def replace_text(path: Path, *, text: str) -> None:
-    """Writes `path` so that a reader sees the old or the new content, never a mixture; raises OSError with the old one in place."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path; what was written there replaces `path`, so that a reader sees the old or the new content, never a mixture.
+
+    An error within it leaves the old content in place and no temporary file.
+    """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
-        write_text(temporary, text=text)
+        yield temporary
+        fsync(temporary)
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def replace_text(path: Path, *, text: str) -> None:
+    """Replaces the content of `path`, all of it or nothing; raises OSError with the old one in place."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def rename(source: Path, *, target: Path) -> None:

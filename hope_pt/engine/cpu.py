@@ -33,6 +33,7 @@ REDIRECTED_MODULES = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.tensor_parallel.layers",
     "megatron.core.tensor_parallel.mappings",
+    "megatron.core.utils",
 )
 _FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros", "empty_like", "zeros_like", "ones_like")
 _CPU_TYPE_NAMES = {

@@ -3,14 +3,21 @@
     VocabParallelEmbedding -> TransformerBlock[ HopeLayer(HopeBlock) x L, HopeNorm ] -> ColumnParallelLinear (tied) -> cross-entropy
 
 megatron's part is the embedding, the head, the loss, the pipeline plumbing and the parallel linear layers; the mathematics is the same
-`HopeBlock` that `HopeLM` runs, built with `Parts` that inject those linear layers. Activations are [T, B, D] here. There is no position
-embedding, no dropout and no bias. Initial values come from `hope_pt.nn.init` by canonical name (engine.state), so they equal HopeLM's.
+`HopeBlock` that `HopeLM` runs, built with `Parts` that inject those linear layers. Activations are [T, B, D] here: T is this rank's share
+of the sequence, divided over context-parallel ranks and, between the linear layers, over tensor-parallel ranks (sequence parallelism).
+There is no position embedding, no dropout and no bias. Initial values come from `hope_pt.nn.init` by canonical name (engine.state), so
+they equal HopeLM's.
+
+A rank holds one model, or with virtual pipeline stages several pieces of it: `build_model` gives a list.
 
 In bf16 the matrices (embedding, head, linear layers) are bf16; everything held per head or per channel (initial memory states, gates,
 readouts, norms) stays fp32.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +30,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from hope_pt.config.schema import ModelConfig
+from hope_pt.config.schema import EngineConfig, ModelConfig, RunConfig
+from hope_pt.engine.context import run_core
 from hope_pt.engine.plan import Plan
+from hope_pt.engine.sharding import shard_axis
 from hope_pt.nn import HopeBlock, Parts
 from hope_pt.nn.layout import Layout
 from hope_pt.nn.parts import RMSNorm
+from hope_pt.nn.state import LayerState
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.block\.")
 _RENAMED = {
@@ -62,51 +73,90 @@ class Row(RowParallelLinear):
         return super().forward(x)[0]
 
 
-class HopeLayer(MegatronModule, BaseTransformerLayer):
-    """One `HopeBlock` with the interface of a megatron transformer layer."""
+@dataclass(frozen=True)
+class Passage:
+    """What a layer has to know of a micro-batch beside its activations.
 
-    def __init__(self, config: TransformerConfig, *, model: ModelConfig, layer_number: int, pg_collection: Any, vp_stage=None, **unused):
+    layout: of the tokens that the core of a mixer sees here. continues: the rows go on from where the previous micro-batch ended. keeps:
+    the next micro-batch goes on from where this one ends.
+    """
+
+    layout: Layout | None = None
+    continues: bool = False
+    keeps: bool = False
+
+
+class HopeLayer(MegatronModule, BaseTransformerLayer):
+    """One `HopeBlock` with the interface of a megatron transformer layer.
+
+    It holds the memory's state between the segments of a long sequence. The state is read before the block and stored after it, so that a
+    block that is computed again in the backward pass starts where it started and stores nothing.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        model: ModelConfig,
+        engine: EngineConfig,
+        layer_number: int,
+        pg_collection: Any,
+        vp_stage=None,
+        **unused,
+    ):
         super().__init__(config=config)
         # megatron counts layers from 1, over all pipeline stages.
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
-        self.block = HopeBlock(model, parts=_parts(config, model, pg_collection.tp))
+        self.block = HopeBlock(model, parts=_parts(config, model, engine, pg_collection))
+        self._recomputes = engine.recompute == "block"
+        # Messages between context-parallel ranks are repeated too, so none of them may stop early.
+        self._stops_early = not (engine.context_mode == "state" and engine.context_parallel > 1)
+        self._carried: LayerState | None = None
 
-    def forward(self, hidden_states: Tensor, attention_mask=None, *, packed_seq_params: Layout | None = None, **unused):
-        """Block output [T, B, D] and None. The token layout travels in megatron's argument for packed sequences."""
-        x, _ = self.block(hidden_states, layout=packed_seq_params)
+    def forward(self, hidden_states: Tensor, attention_mask=None, *, packed_seq_params: Passage, **unused):
+        """Block output [T, B, D] and None. The `Passage` travels in megatron's argument for packed sequences."""
+        passage = packed_seq_params
+        options = {"state": self._carried if passage.continues else None, "layout": passage.layout, "keep_state": passage.keeps}
+        if self._recomputes and torch.is_grad_enabled():
+            with set_checkpoint_early_stop(self._stops_early):
+                x, state = checkpoint(self.block, hidden_states, use_reentrant=False, preserve_rng_state=False, **options)
+        else:
+            x, state = self.block(hidden_states, **options)
+        self._carried = {name: tensor.detach() for name, tensor in state.items()} if passage.keeps else None
         return x, None
 
 
-def _parts(config: TransformerConfig, model: ModelConfig, tp_group: torch.distributed.ProcessGroup) -> Parts:
-    common = {"config": config, "init_method": None, "bias": False, "tp_group": tp_group}
+def _parts(config: TransformerConfig, model: ModelConfig, engine: EngineConfig, groups: Any) -> Parts:
+    common = {"config": config, "init_method": None, "bias": False, "tp_group": groups.tp}
 
     def row(width_in: int, width_out: int) -> nn.Module:
-        layer = Row(width_in, width_out, input_is_parallel=True, skip_bias_add=False, **common)
-        _tag_shard(layer.weight, dim=1)
-        return layer
+        return Row(width_in, width_out, input_is_parallel=True, skip_bias_add=False, **common)
 
     def column(width_in: int, width_out: int) -> nn.Module:
-        layer = Column(width_in, width_out, gather_output=False, **common)
-        _tag_shard(layer.weight, dim=0)
-        return layer
+        return Column(width_in, width_out, gather_output=False, **common)
 
     return Parts(
         column=column,
         row=row,
         norm=lambda width, eps: HopeNorm(config, width, eps),
-        num_heads=model.num_heads // tp_group.size(),
+        num_heads=model.num_heads // groups.tp.size(),
         time_first=True,
+        run_core=run_core(engine.context_mode, groups.cp),
     )
 
 
-def _tag_shard(weight: Tensor, *, dim: int) -> None:
-    """Mark `weight` as one shard of a tensor-parallel matrix; 0.16 does so only where it draws initial values itself."""
-    if not hasattr(weight, "tensor_model_parallel"):
-        set_tensor_model_parallel_attributes(weight, True, dim, 1)
+class HopeGPT(GPTModel):
+    """megatron's model without its first message: both copies of a tied embedding get their initial values by name."""
+
+    def _is_in_embd_group(self) -> bool:
+        # Read by the constructor only, to copy the embedding to the last pipeline stage.
+        return False
 
 
-def transformer_config(model: ModelConfig, *, plan: Plan) -> TransformerConfig:
+def transformer_config(config: RunConfig, *, plan: Plan) -> TransformerConfig:
     """megatron-core's description of the model and the layout. Fields that only its own layers read keep their defaults."""
+    model, engine, mesh = config.model, config.engine, plan.mesh
+    interleaved = mesh.virtual > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.width,
@@ -117,49 +167,88 @@ def transformer_config(model: ModelConfig, *, plan: Plan) -> TransformerConfig:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=plan.tensor_parallel,
-        pipeline_model_parallel_size=plan.pipeline_parallel,
-        context_parallel_size=plan.context_parallel,
-        sequence_parallel=plan.tensor_parallel > 1,
+        tensor_model_parallel_size=mesh.tensor,
+        pipeline_model_parallel_size=mesh.pipeline,
+        virtual_pipeline_model_parallel_size=mesh.virtual if interleaved else None,
+        num_layers_in_first_pipeline_stage=engine.first_stage_layers or None,
+        num_layers_in_last_pipeline_stage=engine.last_stage_layers or None,
+        overlap_p2p_comm=interleaved and engine.overlap_p2p,
+        batch_p2p_comm=not (interleaved and engine.overlap_p2p),
+        # On the CPU a sent tensor would be freed while the message is still on its way.
+        deallocate_pipeline_outputs=plan.device.type == "cuda",
+        context_parallel_size=mesh.context,
+        sequence_parallel=mesh.sequence_parallel,
         params_dtype=plan.dtype,
         pipeline_dtype=plan.dtype,
         bf16=plan.dtype == torch.bfloat16,
-        use_cpu_initialization=plan.device.type == "cpu",
+        use_cpu_initialization=plan.device.type != "cuda",
         perform_initialization=False,
         # The loss is a sum over counted tokens; gradients are divided by their global number after the reduction.
         calculate_per_token_loss=True,
     )
 
 
-def build_model(model: ModelConfig, *, plan: Plan, seq_len: int) -> GPTModel:
-    """The model of this rank on its device; its parameters are not initialised."""
-    config = transformer_config(model, plan=plan)
-    layer = ModuleSpec(module=HopeLayer, params={"model": model})
-    gpt = GPTModel(
-        config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[layer] * (model.num_layers // plan.pipeline_parallel), layer_norm=HopeNorm
-        ),
+def build_model(config: RunConfig, *, plan: Plan) -> list[GPTModel]:
+    """The pieces of the model that this rank holds, on its device, in order of depth; their parameters are not initialised."""
+    megatron = transformer_config(config, plan=plan)
+    layer = ModuleSpec(module=HopeLayer, params={"model": config.model, "engine": config.engine})
+    with _on(plan.device):
+        return [_build_piece(config, megatron, layer, plan=plan, piece=piece) for piece in range(plan.mesh.virtual)]
+
+
+def _build_piece(config: RunConfig, megatron: TransformerConfig, layer: ModuleSpec, *, plan: Plan, piece: int) -> GPTModel:
+    model, mesh = config.model, plan.mesh
+    gpt = HopeGPT(
+        config=megatron,
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * len(mesh.layers(plan.stage, piece)), layer_norm=HopeNorm),
         vocab_size=model.vocab_size,
-        max_sequence_length=seq_len,
+        max_sequence_length=config.data.seq_len,
+        pre_process=plan.stage == 0 and piece == 0,
+        post_process=plan.stage == mesh.pipeline - 1 and piece == mesh.virtual - 1,
         position_embedding_type="none",
         share_embeddings_and_output_weights=model.tie_embeddings,
         pg_collection=plan.groups.megatron,
-    )
-    _tag_shard(gpt.embedding.word_embeddings.weight, dim=0)
-    if not model.tie_embeddings:
-        _tag_shard(gpt.output_layer.weight, dim=0)
-    for layer in gpt.decoder.layers:
-        for parameter in layer.block.mixer.core.parameters():
-            _tag_shard(parameter, dim=0)
-    return gpt.to(plan.device)
+        vp_stage=piece if mesh.virtual > 1 else None,
+    ).to(plan.device)
+    for name, parameter in gpt.named_parameters():
+        axis = shard_axis(canonical_name(name, tied=model.tie_embeddings))
+        if axis is not None:
+            _tag_shard(parameter, dim=axis)
+    return gpt
 
 
-def canonical_name(name: str) -> str:
-    """HopeLM's name of the megatron parameter `name`."""
-    return _RENAMED.get(name) or _LAYER.sub(lambda match: f"blocks.{match.group(1)}.", name)
+def _tag_shard(weight: Tensor, *, dim: int) -> None:
+    """Mark `weight` as one shard of a tensor-parallel matrix; 0.16 does so only where it draws initial values itself."""
+    if not hasattr(weight, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
-def named_parameters(gpt: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of a model, wrapped or not, by canonical name."""
-    return {canonical_name(name.removeprefix("module.")): parameter for name, parameter in gpt.named_parameters()}
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """A rehearsal builds on the meta device from the start; elsewhere megatron places its own tensors."""
+    if device.type != "meta":
+        yield
+        return
+    with device:
+        yield
+
+
+def canonical_name(name: str, *, tied: bool, layers: Sequence[int] | None = None) -> str:
+    """HopeLM's name of the parameter `name` of a piece that holds `layers` (None: keep its own count)."""
+    if tied and name == "output_layer.weight":
+        return "embedding.weight"
+
+    def block(match: re.Match[str]) -> str:
+        index = int(match.group(1))
+        return f"blocks.{index if layers is None else layers[index]}."
+
+    return _RENAMED.get(name) or _LAYER.sub(block, name)
+
+
+def named_parameters(pieces: Sequence[nn.Module], *, config: ModelConfig, plan: Plan) -> dict[str, nn.Parameter]:
+    """This rank's parameters by canonical name; the pieces may be wrapped. A last stage's copy of a tied one is `embedding.weight`."""
+    return {
+        canonical_name(name.removeprefix("module."), tied=config.tie_embeddings, layers=plan.mesh.layers(plan.stage, index)): parameter
+        for index, piece in enumerate(pieces)
+        for name, parameter in piece.named_parameters()
+    }

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hope_pt.config.schema import RunConfig
@@ -166,6 +167,8 @@ def _join(config: RunConfig, device: torch.device, launch: Launch) -> None:
 
 
 def _initialize_model_parallel(config: RunConfig) -> None:
+    # The model draws no random numbers (no dropout, initial values by name): no generators to keep apart on tensor-parallel ranks.
+    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     options = accepted(
         parallel_state.initialize_model_parallel,
         distributed_timeout_minutes=max(1, config.engine.timeout_s // 60),

@@ -2,91 +2,199 @@
 
 Tensors: `model.<name>` are the weights in fp32 under HopeLM's names (the masters where the model is bf16, of which the bf16 values are
 the rounding). `optim.<name>.<key>` are the optimizer's tensors of the same parameter: exp_avg, exp_avg_sq, and `accumulated` for a
-parameter whose CMS level is within an interval. Scalars: the number of calls of the clock, and the updates that each parameter has had.
+parameter whose CMS level is within an interval. Scalars: the number of calls of the clock, the updates that each parameter has had, and
+which parameters are within an interval.
+
+Ranks that hold the same part of a parameter (data and context parallel) share the work: tensor number i of a rank belongs to the rank
+i modulo their number, which alone writes it, and reads it to broadcast it to the others. The distributed optimizer holds a part of each
+such tensor on every rank; it is put together on the owner.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hope_pt.config.schema import ModelConfig
-from hope_pt.engine.optimizer import assign, master
+from hope_pt.engine.optimizer import OuterOptimizer
+from hope_pt.engine.plan import Plan
+from hope_pt.engine.sharding import Shard, shard_axis, slice_of
 from hope_pt.errors import CheckpointError
 from hope_pt.nn.init import init_tensor
-from hope_pt.optim import Clocked
+from hope_pt.optim.clocks import ACCUMULATED
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 # torch's name for the number of updates of one parameter.
 _UPDATES = "step"
 
-
-def initialize(parameters: Mapping[str, nn.Parameter], *, model: ModelConfig, seed: int) -> None:
-    """Set every parameter to its initial value of `seed`, which is HopeLM's."""
-    for name, parameter in parameters.items():
-        assign(parameter, init_tensor(name, tuple(parameter.shape), config=model, seed=seed))
+Read = Callable[[list[Shard]], None]
 
 
-def export(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """fp32 CPU copies of the weights by canonical name."""
-    return {name: _cpu(master(parameter)) for name, parameter in parameters.items()}
+@dataclass(frozen=True)
+class _Entry:
+    """One stored tensor of one parameter of this rank: `key` is empty for the weight itself."""
+
+    parameter: str
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"optim.{self.parameter}.{self.key}" if self.key else f"model.{self.parameter}"
 
 
-def save(parameters: Mapping[str, nn.Parameter], *, optimizer: Clocked) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, scalars) of the weights and the optimizer; CPU copies."""
-    tensors = {f"model.{name}": weight for name, weight in export(parameters).items()}
-    updates: dict[str, int] = {}
-    stored = optimizer.state_dict()
-    for index, name in enumerate(_names(optimizer)):
-        for key, value in stored["state"].get(index, {}).items():
-            if key == _UPDATES:
-                updates[name] = int(value)
+class EngineState:
+    """The stored state of this rank's parameters and their optimizer. All methods are collectives of the whole job."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, optimizer: OuterOptimizer, plan: Plan):
+        self.parameters, self.optimizer, self.plan = parameters, optimizer, plan
+        self._replicas = plan.groups.data_context
+
+    def initialize(self, *, model: ModelConfig, seed: int) -> None:
+        """Set every parameter to its initial value of `seed`, which is HopeLM's."""
+        for name, parameter in self.parameters.items():
+            full = init_tensor(name, self._part(name, parameter).full_shape, config=model, seed=seed)
+            self._assign(name, self._slice(name, full))
+
+    def shards(self, *, weights_only: bool = False) -> tuple[list[Shard], dict[str, Any]]:
+        """What this rank writes, and the scalars, which are the same on every rank."""
+        stored = self.optimizer.entries()
+        scalars = self._scalars(stored)
+        found: list[Shard] = []
+        for index, entry in enumerate(self._entries(scalars, weights_only=weights_only)):
+            owner = index % self._replicas.size()
+            data = self._collect(entry, stored=stored, owner=owner)
+            if data is not None and self._writes(entry.parameter):
+                found.append(self._part(entry.parameter, data, name=entry.name))
+        return found, scalars
+
+    @torch.no_grad()
+    def load(self, read: Read, scalars: Mapping[str, Any]) -> None:
+        """Take over stored values. `read` fills the data of the given shards in place; several ranks may ask for the same part."""
+        entries = self._entries(scalars)
+        mine = {
+            entry: torch.empty(self.parameters[entry.parameter].shape)
+            for index, entry in enumerate(entries)
+            if index % self._replicas.size() == self._replicas.rank()
+        }
+        read([self._part(entry.parameter, data, name=entry.name) for entry, data in mine.items()])
+        stored: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
+        for index, entry in enumerate(entries):
+            data = self._spread(entry, mine.get(entry), owner=index % self._replicas.size())
+            if entry.key:
+                stored[entry.parameter][entry.key] = data
             else:
-                tensors[f"optim.{name}.{key}"] = _cpu(value)
-    return tensors, {"clock": stored["num_calls"], "updates": updates}
+                self._assign(entry.parameter, data)
+        for name, count in scalars["updates"].items():
+            if name in stored:
+                stored[name][_UPDATES] = torch.tensor(float(count))
+        self.optimizer.restore({name: self._cut(name, entry) for name, entry in stored.items()}, num_calls=scalars["clock"])
 
+    def gather(self, shards: Iterable[Shard]) -> dict[str, Tensor]:
+        """Whole tensors on every rank, from the shards of all ranks; for tests, and models that fit one process."""
+        own = [(shard.name, shard.index, shard.axis, shard.data.cpu()) for shard in shards]
+        everyone: list[list[tuple[str, int, int | None, Tensor]]] = [own] * self.plan.world_size
+        if self.plan.world_size > 1:
+            dist.all_gather_object(everyone, own)
+        parts: dict[str, dict[int, Tensor]] = {}
+        axes: dict[str, int | None] = {}
+        for name, index, axis, data in (item for items in everyone for item in items):
+            parts.setdefault(name, {})[index] = data
+            axes[name] = axis
+        joined = {}
+        for name, by_index in parts.items():
+            ordered = [by_index[index] for index in sorted(by_index)]
+            axis = axes[name]
+            joined[name] = ordered[0] if axis is None else torch.cat(ordered, axis)
+        return joined
 
-@torch.no_grad()
-def load(parameters: Mapping[str, nn.Parameter], *, optimizer: Clocked, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-    """The inverse of `save`, bit for bit. CheckpointError if a weight is missing, unknown or of another shape."""
-    check(parameters, tensors=tensors)
-    for name, parameter in parameters.items():
-        assign(parameter, tensors[f"model.{name}"])
-    names = _names(optimizer)
-    index_of = {name: index for index, name in enumerate(names)}
-    entries: dict[int, dict[str, Tensor]] = {}
-    for full_name, value in tensors.items():
-        if full_name.startswith("optim."):
-            name, _, key = full_name.removeprefix("optim.").rpartition(".")
-            entries.setdefault(index_of[name], {})[key] = value.clone()
-    for name, count in scalars["updates"].items():
-        entries[index_of[name]][_UPDATES] = torch.tensor(float(count))
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": entries, "num_calls": scalars["clock"]})
+    def reader(self, tensors: Mapping[str, Tensor]) -> Read:
+        """A `read` for `load` that takes its shards from whole tensors. CheckpointError if they are not those of this model."""
 
+        def read(shards: Sequence[Shard]) -> None:
+            for shard in shards:
+                full = tensors.get(shard.name)
+                if full is None:
+                    raise CheckpointError(
+                        f"the checkpoint is of another model: {shard.name} is missing; resume with the configuration that wrote it"
+                    )
+                if tuple(full.shape) != shard.full_shape:
+                    raise CheckpointError(
+                        f"{shard.name} is {tuple(full.shape)} in the checkpoint and {shard.full_shape} in this model; "
+                        "resume with the configuration that wrote it"
+                    )
+                shard.data.copy_(slice_of(full, axis=shard.axis, index=shard.index, count=shard.count))
 
-def check(parameters: Mapping[str, nn.Parameter], *, tensors: Mapping[str, Tensor]) -> None:
-    """CheckpointError unless `tensors` has exactly the weights of `parameters`, and optimizer tensors of their shapes only."""
-    weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    missing, unknown = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
-    if missing or unknown:
-        raise CheckpointError(
-            f"the checkpoint is of another model: {len(missing)} weights are missing ({', '.join(missing[:3])}) and "
-            f"{len(unknown)} are unknown ({', '.join(unknown[:3])}); resume with the configuration that wrote it"
-        )
-    for full_name, value in tensors.items():
-        root, _, rest = full_name.partition(".")
-        name = rest if root == "model" else rest.rpartition(".")[0]
-        if name not in parameters:
-            raise CheckpointError(f"the checkpoint has an optimizer tensor {full_name} of no parameter of this model; it is damaged")
-        if value.shape != parameters[name].shape:
-            raise CheckpointError(
-                f"{full_name} is {tuple(value.shape)} in the checkpoint and {tuple(parameters[name].shape)} in this model; "
-                "resume with the configuration that wrote it"
-            )
+        return read
 
+    def _entries(self, scalars: Mapping[str, Any], *, weights_only: bool = False) -> list[_Entry]:
+        """The stored tensors of this rank's parameters, in the order that decides their owners."""
+        entries = [_Entry(name, "") for name in self.parameters]
+        if weights_only:
+            return entries
+        entries += [_Entry(name, key) for name in self.parameters if scalars["updates"].get(name) for key in _MOMENTS]
+        return entries + [_Entry(name, ACCUMULATED) for name in self.parameters if name in scalars["open"]]
 
-def _names(optimizer: Clocked) -> list[str]:
-    return [name for group in optimizer.param_groups for name in group["names"]]
+    def _scalars(self, stored: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Clock, updates and open intervals of all parameters of the job."""
+        own = {name: (int(entry.get(_UPDATES, 0)), ACCUMULATED in entry) for name, entry in stored.items()}
+        everyone: list[dict[str, tuple[int, bool]]] = [own] * self.plan.world_size
+        if self.plan.world_size > 1:
+            dist.all_gather_object(everyone, own)
+        merged = {name: value for found in everyone for name, value in found.items()}
+        return {
+            "clock": self.optimizer.num_calls,
+            "updates": {name: count for name, (count, _) in sorted(merged.items()) if count},
+            "open": sorted(name for name, (_, is_open) in merged.items() if is_open),
+        }
+
+    def _writes(self, name: str) -> bool:
+        """Whether this tensor-parallel rank and stage write the parameter: one of those that hold the same values."""
+        parameter = self.parameters[name]
+        return not getattr(parameter, "shared", False) and (shard_axis(name) is not None or self.plan.groups.tensor.rank() == 0)
+
+    def _part(self, parameter: str, data: Tensor, *, name: str = "") -> Shard:
+        axis, group = shard_axis(parameter), self.plan.groups.tensor
+        return Shard(name, data, axis) if axis is None else Shard(name, data, axis, group.rank(), group.size())
+
+    def _slice(self, name: str, full: Tensor) -> Tensor:
+        group = self.plan.groups.tensor
+        return slice_of(full, axis=shard_axis(name), index=group.rank(), count=group.size())
+
+    def _assign(self, name: str, value: Tensor) -> None:
+        self.parameters[name].data.copy_(value)
+        piece = self.optimizer.pieces.get(name)
+        if piece:
+            piece.main.data.copy_(piece.cut(value))
+
+    def _cut(self, name: str, entry: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of each tensor, {} where it has none of the parameter."""
+        piece = self.optimizer.pieces.get(name)
+        return {key: value if key == _UPDATES else piece.cut(value).clone() for key, value in entry.items()} if piece else {}
+
+    def _collect(self, entry: _Entry, *, stored: Mapping[str, Mapping[str, Tensor]], owner: int) -> Tensor | None:
+        """The tensor on its owner, fp32 on the CPU, None on the others."""
+        piece = self.optimizer.pieces.get(entry.parameter)
+        is_owner = self._replicas.rank() == owner
+        value = None if piece is None else stored[entry.parameter][entry.key] if entry.key else piece.main
+        if not self.optimizer.is_distributed:
+            return _cpu(value) if is_owner else None
+        whole = torch.zeros(self.parameters[entry.parameter].shape, device=self.plan.device)
+        if piece is not None:
+            whole.view(-1)[piece.first : piece.end] = value.detach().float()
+        dist.reduce(whole, group_dst=owner, group=self._replicas)
+        return whole.cpu() if is_owner else None
+
+    def _spread(self, entry: _Entry, data: Tensor | None, *, owner: int) -> Tensor:
+        """The owner's tensor on every rank, on its device."""
+        if data is None:
+            data = torch.empty(self.parameters[entry.parameter].shape)
+        data = data.to(self.plan.device)
+        if self._replicas.size() > 1:
+            dist.broadcast(data, group_src=owner, group=self._replicas)
+        return data
 
 
 def _cpu(tensor: Tensor) -> Tensor:

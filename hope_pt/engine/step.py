@@ -1,6 +1,6 @@
 """`TrainEngine`: one optimizer step on megatron-core's schedule, with results that do not depend on the layout.
 
-    batch (this rank's rows) -> micro-batches -> forward_backward_func -> sum of nll * mask, number of counted tokens
+    batch (this rank's rows) -> micro-batches (engine.micro) -> forward_backward_func -> sum of nll * mask, number of counted tokens
       -> finalize_model_grads (sum over data-parallel ranks, / global number) -> clip -> optimizer with its clocks
 
 The loss is the local sum over the global count: neither the number of ranks nor the micro-batch size enters it.
@@ -9,43 +9,33 @@ The loss is the local sum over the global count: neither the number of ranks nor
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hope_pt.config.schema import RunConfig
-from hope_pt.engine import state
 from hope_pt.engine.compat import quiet
+from hope_pt.engine.micro import BatchLike, MicroBatch, join_losses, micro_batches
 from hope_pt.engine.model import build_model, named_parameters
-from hope_pt.engine.optimizer import build_optimizer, step_optimizer
+from hope_pt.engine.optimizer import OuterOptimizer
 from hope_pt.engine.plan import Plan
+from hope_pt.engine.sharding import Shard
+from hope_pt.engine.state import EngineState
 from hope_pt.errors import DataError, ParallelError
-from hope_pt.nn import HopeLM, model_layout
+from hope_pt.nn import HopeLM
 from hope_pt.nn.titans import TitansCore
 from hope_pt.optim import learning_rate
 
 _LOG = logging.getLogger(__name__)
-
-
-class BatchLike(Protocol):
-    """What the engine reads of a batch. tokens, targets int64; loss_mask float32, 1 = counted, 0 = not; doc_start bool: all [B, T]."""
-
-    @property
-    def tokens_BT(self) -> Tensor: ...
-    @property
-    def targets_BT(self) -> Tensor: ...
-    @property
-    def loss_mask_BT(self) -> Tensor: ...
-    @property
-    def doc_start_BT(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -62,16 +52,6 @@ class StepResult:
     skipped: bool
 
 
-@dataclass(frozen=True)
-class _Micro:
-    """One micro-batch on the device."""
-
-    tokens_BT: Tensor
-    targets_BT: Tensor
-    mask_BT: Tensor
-    doc_start_BT: Tensor
-
-
 class TrainEngine:
     """A model, its optimizer and their clocks on one rank."""
 
@@ -80,98 +60,119 @@ class TrainEngine:
         self.plan = plan
         self.num_steps_done = 0
         with quiet():
-            self.model = _wrap(build_model(config.model, plan=plan, seq_len=config.data.seq_len), plan=plan)
-            self.parameters = named_parameters(self.model)
-            self.optimizer = build_optimizer(self.parameters, config=config, plan=plan)
-        state.initialize(self.parameters, model=config.model, seed=config.train.seed)
-        backends = {core.backend for core in self.model.modules() if isinstance(core, TitansCore)}
+            self.models = _wrap(build_model(config, plan=plan), config=config, plan=plan)
+            self.parameters = named_parameters(self.models, config=config.model, plan=plan)
+            self.optimizer = OuterOptimizer(self.parameters, models=self.models, config=config, plan=plan)
+        self._state = EngineState(self.parameters, optimizer=self.optimizer, plan=plan)
+        self._state.initialize(model=config.model, seed=config.train.seed)
+        backends = {core.backend for model in self.models for core in model.modules() if isinstance(core, TitansCore)}
         if backends and plan.rank == 0:
             _LOG.info("memory scans: backend %s", ", ".join(backends))
 
     def step(self, batch: BatchLike) -> StepResult:
         """Train on this rank's rows of the global batch: [global_batch_size / dp_size, seq_len].
 
-        Every rank calls it with its own rows. DataError if the rows do not match the plan or no token of the global batch is counted,
-        ParallelError with this rank's number if a collective fails.
+        Every rank calls it with its own rows; the ranks of one model have the same. DataError if the rows do not match the plan or no token
+        of the global batch is counted, ParallelError with this rank's number if a collective fails.
         """
-        micros = list(self._micros(batch))
-        if len(micros) != self.plan.num_microbatches or micros[-1].tokens_BT.shape != micros[0].tokens_BT.shape:
+        rows = self.config.train.global_batch_size // self.plan.dp_size
+        if len(batch.tokens_BT) != rows:
             raise DataError(
                 f"rank {self.plan.rank} was given {len(batch.tokens_BT)} rows; its part of train.global_batch_size = "
-                f"{self.config.train.global_batch_size} is {self.plan.num_microbatches * self.config.engine.micro_batch_size}"
+                f"{self.config.train.global_batch_size} is {rows}"
             )
         lr = learning_rate(self.num_steps_done, optim=self.config.optim, num_steps=self.config.train.steps)
         with _named_rank(self.plan):
-            self.model.zero_grad_buffer()
+            for model in self.models:
+                model.zero_grad_buffer()
             self.optimizer.zero_grad()
-            reports = self._run(micros, forward_only=False)
+            reports = self._run(micro_batches(batch, config=self.config, plan=self.plan), forward_only=False)
             loss = self._global_loss(reports)
-            grad_norm, skipped = step_optimizer(self.optimizer, lr=lr, clip=self.config.optim.clip)
+            grad_norm, skipped = self.optimizer.step(lr=lr)
         self.num_steps_done += 1
         return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, skipped=skipped)
 
     @torch.no_grad()
     def token_losses(self, batch: BatchLike) -> Tensor:
-        """Loss of every token in nats, [B, T] fp32, for any number of rows; the loss mask is ignored and nothing changes."""
-        return torch.cat(self._run(list(self._micros(batch)), forward_only=True))
+        """Loss of every token in nats, [B, T] fp32, for any number of rows; the loss mask is ignored and nothing changes.
+
+        A collective of the ranks of one model, which give the same rows; all of them get the result.
+        """
+        micros = micro_batches(batch, config=self.config, plan=self.plan, whole=self.plan.mesh.pipeline > 1)
+        with _named_rank(self.plan):
+            return join_losses(self._run(micros, forward_only=True), rows=len(batch.tokens_BT), config=self.config, plan=self.plan)
 
     def export(self) -> dict[str, Tensor]:
-        """All weights in fp32 on the CPU under HopeLM's names (the masters where the model is bf16)."""
-        return state.export(self.parameters)
+        """All weights in fp32 on the CPU under HopeLM's names (the masters where the model is bf16); a collective."""
+        shards, _ = self._state.shards(weights_only=True)
+        return {name.removeprefix("model."): tensor for name, tensor in self._state.gather(shards).items()}
 
     def to_lm(self) -> HopeLM:
-        """A plain HopeLM on the CPU with the weights of `export`."""
-        lm = HopeLM(self.config.model)
-        lm.load_state_dict(self.export())
+        """A plain HopeLM on the CPU with the weights of `export`; a collective."""
+        lm = HopeLM(self.config.model, device=torch.device("meta"))
+        lm.load_state_dict(self.export(), assign=True)
         return lm
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that the next step depends on: flat CPU tensors "model.*", "optim.*" and JSON-able scalars."""
-        tensors, scalars = state.save(self.parameters, optimizer=self.optimizer.optimizer)
-        return tensors, {"step": self.num_steps_done, **scalars}
+    def shards(self) -> tuple[list[Shard], dict[str, Any]]:
+        """Everything that the next step depends on: what this rank has to write, and JSON-able scalars, the same on every rank.
 
-    def load_state(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-        """Take over what `state` gave; later losses are equal bit for bit. CheckpointError if names or shapes do not match."""
-        state.load(self.parameters, optimizer=self.optimizer.optimizer, tensors=tensors, scalars=scalars)
+        A collective. Over all ranks each part of each tensor is listed once.
+        """
+        shards, scalars = self._state.shards()
+        return shards, {"step": self.num_steps_done, **scalars}
+
+    def load(self, read: Callable[[list[Shard]], None], scalars: Mapping[str, Any]) -> None:
+        """Take over what `shards` gave, under any layout; with the same one, later losses are equal bit for bit.
+
+        A collective. `read` is called once on every rank, with a list that may be empty and may ask for parts that others ask for too; it
+        fills the data of each shard in place, and raises CheckpointError for names or shapes that it does not have.
+        """
+        self._state.load(read, scalars)
         self.num_steps_done = int(scalars["step"])
 
-    def _micros(self, batch: BatchLike) -> Iterator[_Micro]:
-        doc_start = batch.doc_start_BT if self.config.data.document_reset else torch.zeros_like(torch.as_tensor(batch.doc_start_BT))
-        fields = (batch.tokens_BT, batch.targets_BT, batch.loss_mask_BT, doc_start)
-        on_device = [torch.as_tensor(field).to(self.plan.device, non_blocking=True) for field in fields]
-        size = self.config.engine.micro_batch_size
-        for first in range(0, len(on_device[0]), size):
-            yield _Micro(*(field[first : first + size] for field in on_device))
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As `shards`, but whole tensors on every rank, for models that fit one process; a collective."""
+        shards, scalars = self.shards()
+        return self._state.gather(shards), scalars
 
-    def _run(self, micros: list[_Micro], *, forward_only: bool) -> list[Tensor]:
-        """The schedule over the micro-batches; what the loss function reports of each."""
-        groups = self.plan.groups
-        schedule = get_forward_backward_func(pp_size=groups.pipeline.size(), vp_size=None)
+    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Take over what `state` gave. CheckpointError if names or shapes do not match."""
+        self.load(self._state.reader(tensors), scalars)
+
+    def _run(self, micros: list[MicroBatch], *, forward_only: bool) -> list[Tensor]:
+        """The schedule over the micro-batches; what the loss function reports of each, on the last pipeline stage."""
+        groups, mesh = self.plan.groups, self.plan.mesh
+        pipelined = {} if mesh.pipeline == 1 else {"p2p_communicator": P2PCommunicator(groups.pipeline, self.models[0].config)}
+        schedule = get_forward_backward_func(pp_size=mesh.pipeline, vp_size=mesh.virtual if mesh.virtual > 1 else None)
+        iterators = [iter(micros) for _ in self.models]
         return schedule(
-            forward_step_func=functools.partial(self._forward, report_tokens=forward_only),
-            data_iterator=iter(micros),
-            model=[self.model],
+            forward_step_func=functools.partial(_forward, report_tokens=forward_only),
+            data_iterator=iterators if mesh.virtual > 1 else iterators[0],
+            model=self.models,
             num_microbatches=len(micros),
-            seq_length=self.config.data.seq_len,
+            seq_length=mesh.tokens_per_rank * mesh.context,
             micro_batch_size=self.config.engine.micro_batch_size,
             forward_only=forward_only,
             pg_collection=groups.megatron,
+            **pipelined,
         )
 
-    def _forward(self, micros: Iterator[_Micro], model: torch.nn.Module, *, report_tokens: bool):
-        micro = next(micros)
-        shape = (micro.tokens_BT.shape[0], micro.tokens_BT.shape[1])
-        layout = model_layout(self.config.model, shape, doc_start_BT=micro.doc_start_BT, device=self.plan.device)
-        losses_BT = model(micro.tokens_BT, None, None, labels=micro.targets_BT, packed_seq_params=layout)
-        return losses_BT, functools.partial(_sum_loss, mask_BT=micro.mask_BT, report_tokens=report_tokens)
-
     def _global_loss(self, reports: list[Tensor]) -> float:
-        total = torch.stack(reports).sum(0)
+        """Nats per counted token; only the last pipeline stage has reports."""
+        total = torch.stack(reports).sum(0) if reports else torch.zeros(2, dtype=torch.float64, device=self.plan.device)
         dist.all_reduce(total, group=self.plan.groups.data_context)
+        if self.plan.mesh.pipeline > 1:
+            dist.all_reduce(total, group=self.plan.groups.pipeline)
         loss_sum, count = total.tolist()
         if count == 0:
             raise DataError(f"no token of the global batch of step {self.num_steps_done} is counted: its loss mask is zero everywhere")
         return loss_sum / count
+
+
+def _forward(micros: Iterator[MicroBatch], model: torch.nn.Module, *, report_tokens: bool):
+    micro = next(micros)
+    losses_BT = model(micro.tokens_BT, None, None, labels=micro.targets_BT, packed_seq_params=micro.passage)
+    return losses_BT, functools.partial(_sum_loss, mask_BT=micro.mask_BT, report_tokens=report_tokens)
 
 
 def _sum_loss(losses_BT: Tensor, *, mask_BT: Tensor, report_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,14 +184,33 @@ def _sum_loss(losses_BT: Tensor, *, mask_BT: Tensor, report_tokens: bool) -> tup
     return loss, count.int(), report
 
 
-def _wrap(gpt: GPTModel, *, plan: Plan) -> DistributedDataParallel:
-    """The model in megatron's data-parallel wrapper: fp32 gradient buffers, one reduction a step."""
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False)
-    model = DistributedDataParallel(gpt.config, settings, gpt, pg_collection=plan.groups.megatron)
-    config: TransformerConfig = gpt.config
-    config.no_sync_func = model.no_sync
-    config.finalize_model_grads_func = finalize_model_grads
-    return model
+def _wrap(pieces: Sequence[GPTModel], *, config: RunConfig, plan: Plan) -> list[DistributedDataParallel]:
+    """The pieces in megatron's data-parallel wrapper: fp32 gradient buffers, one reduction a step, during the backward pass or after it."""
+    engine = config.engine
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=engine.overlap_grad_reduce,
+        overlap_param_gather=engine.overlap_param_gather,
+        use_distributed_optimizer=engine.distributed_optimizer,
+    )
+    models = [
+        # Later pieces are not on the critical path of the communication and are not cut into buckets.
+        DistributedDataParallel(piece.config, settings, piece, disable_bucketing=index > 0, pg_collection=plan.groups.megatron)
+        for index, piece in enumerate(pieces)
+    ]
+    megatron: TransformerConfig = pieces[0].config
+    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.no_sync_func = _one_or_list([model.no_sync for model in models])
+    if plan.mesh.pipeline > 1 and engine.overlap_grad_reduce:
+        megatron.grad_sync_func = _one_or_list([model.start_grad_sync for model in models])
+    if plan.mesh.pipeline > 1 and engine.overlap_param_gather:
+        megatron.param_sync_func = _one_or_list([model.start_param_sync for model in models])
+    return models
+
+
+def _one_or_list(functions: list[Callable]) -> Callable | list[Callable]:
+    """Megatron's schedules take one function, or with virtual stages a list."""
+    return functions if len(functions) > 1 else functions[0]
 
 
 @contextlib.contextmanager

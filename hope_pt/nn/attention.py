@@ -25,9 +25,13 @@ class AttentionCore(nn.Module):
         """Columns of the input projection for one head."""
         return 3 * self.head_width
 
-    def forward(self, projected_BTP: torch.Tensor, *, state: LayerState | None = None, layout: Layout | None = None):
-        """(y [B, T, H * K], the new state or None without one)."""
-        x_BTHP = projected_BTP.unflatten(-1, (self.num_heads, self.features_per_head))
+    def forward(
+        self, projected_BTP: torch.Tensor, *, state: LayerState | None = None, layout: Layout | None = None, keep_state: bool = False
+    ):
+        """(y [B, T, H * K], the new state or None). The input says how many heads; a state comes back as from `TitansCore`."""
+        x_BTHP = projected_BTP.unflatten(-1, (-1, self.features_per_head))
+        if keep_state and state is None:
+            state = self._empty(x_BTHP.shape[0], x_BTHP.shape[2], past=0, dtype=x_BTHP.dtype, device=x_BTHP.device)
         q, k, v = x_BTHP.transpose(1, 2).unflatten(-1, (3, self.head_width)).unbind(-2)
         length = q.shape[2]
         position = torch.arange(length, device=q.device).unsqueeze(0) if layout is None else layout.position_BT
@@ -53,10 +57,13 @@ class AttentionCore(nn.Module):
         valid = torch.cat([state["valid"] & (last == 0), layout.mask_BT & (layout.document_BT == last)], 1)
         return {"k": k, "v": v, "valid": valid}
 
-    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> LayerState:
-        """An empty cache."""
-        empty = torch.zeros(batch, self.num_heads, 0, self.head_width, dtype=dtype, device=device)
-        return {"k": empty, "v": empty, "valid": torch.zeros(batch, 0, dtype=torch.bool, device=device)}
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device, past: int = 0) -> LayerState:
+        """An empty cache with room for `past` tokens, of which none is valid."""
+        return self._empty(batch, self.num_heads, past=past, dtype=dtype, device=device)
+
+    def _empty(self, batch: int, heads: int, *, past: int, dtype: torch.dtype, device: torch.device) -> LayerState:
+        k, v = (torch.zeros(batch, heads, past, self.head_width, dtype=dtype, device=device) for _ in range(2))
+        return {"k": k, "v": v, "valid": torch.zeros(batch, past, dtype=torch.bool, device=device)}
 
 
 def _merge(y_BHTK: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ class HopeBlock(nn.Module):
         self.mixer = Mixer(config, parts=parts)
         self.cms = CMS(config, parts=parts)
 
-    def forward(self, x: torch.Tensor, *, state: LayerState | None = None, layout: Layout | None = None):
-        """(y like x, the mixer's new state or None without one)."""
-        mixed, state = self.mixer(self.norm(x), state=state, layout=layout)
+    def forward(self, x: torch.Tensor, *, state: LayerState | None = None, layout: Layout | None = None, keep_state: bool = False):
+        """(y like x, the mixer's new state or None); see `TitansCore.forward`."""
+        mixed, state = self.mixer(self.norm(x), state=state, layout=layout, keep_state=keep_state)
         return self.cms(x + mixed), state

@@ -59,6 +59,13 @@ class Layout:
         return x * live.view(*live.shape, *(1,) * (x.dim() - 2)).to(x.dtype)
 
 
+def tokens_seen(doc_start_BT: torch.Tensor, position: int) -> torch.Tensor:
+    """How many tokens before `position` belong to the document that is open there [B]; every row begins a document."""
+    index = torch.arange(position, device=doc_start_BT.device)
+    starts = torch.where(doc_start_BT[:, :position], index, 0)
+    return position - (starts.amax(1) if position else starts.sum(1))
+
+
 def take(x_BNX: torch.Tensor, index_BM: torch.Tensor) -> torch.Tensor:
     """x[b, index[b, m]]: [B, N, ...] and [B, M...] -> [B, M..., ...]."""
     rows = torch.arange(x_BNX.shape[0], device=x_BNX.device).view(-1, *(1,) * (index_BM.dim() - 1))

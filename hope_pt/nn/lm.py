@@ -88,11 +88,7 @@ class HopeLM(nn.Module):
     def init_state(self, batch: int) -> LMState:
         """The state before the first token of `batch` fresh documents; at least fp32, constant in context length for memory mixers."""
         weight = self.embedding.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        layers = tuple(
-            block.mixer.core.init_state(batch, dtype=dtype if self.config.mixer == "titans" else weight.dtype, device=weight.device)
-            for block in self.blocks
-        )
+        layers = tuple(block.mixer.core.init_state(batch, dtype=weight.dtype, device=weight.device) for block in self.blocks)
         return LMState(torch.zeros(batch, dtype=torch.long, device=weight.device), layers)
 
     def token_losses(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, *, doc_start_BT: torch.Tensor | None = None) -> torch.Tensor:

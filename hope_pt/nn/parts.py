@@ -34,7 +34,8 @@ class Parts:
     """Factories of the layers that a parallel engine replaces.
 
     column(in, out), row(in, out): modules x [..., in] -> [..., out] without bias. norm(width, eps): a module. num_heads: heads held
-    here. time_first: activations are [T, B, D] instead of [B, T, D].
+    here. time_first: activations are [T, B, D] instead of [B, T, D]. run_core(core, projected, state=, layout=, keep_state=): how a mixer's
+    core is called; an engine that divides the sequence moves it here.
     """
 
     column: Callable[[int, int], nn.Module]
@@ -42,6 +43,7 @@ class Parts:
     norm: Callable[[int, float], nn.Module]
     num_heads: int
     time_first: bool = False
+    run_core: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor] | None]] = nn.Module.__call__
 
     @staticmethod
     def local(num_heads: int) -> "Parts":

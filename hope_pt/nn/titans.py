@@ -54,7 +54,7 @@ class TitansCore(nn.Module):
         self.config = titans
         self.rule = memory_rule(titans)
         self.stack = adaptive_streams(titans)
-        self.num_heads, self.head_width, self.norm_eps = num_heads, config.head_width, config.norm_eps
+        self.head_width, self.norm_eps = config.head_width, config.norm_eps
         self.backend = choose("memory scans", backend=titans.backend, available=tuple(BACKENDS))
         heads, width, hidden = num_heads, config.head_width, config.memory_hidden
         shapes = [(hidden, width), (width, hidden)] if titans.memory == "mlp" else [(width, width)]
@@ -69,12 +69,24 @@ class TitansCore(nn.Module):
         self.out_norm = nn.Parameter(torch.empty(heads, width))
 
     @property
+    def num_heads(self) -> int:
+        """Heads held here."""
+        return len(self.out_norm)
+
+    @property
     def features_per_head(self) -> int:
         """Columns of the input projection for one head."""
         return 4 * self.head_width + (1 if self.rule.momentum else 0)
 
-    def forward(self, projected_BTP: torch.Tensor, *, state: LayerState | None = None, layout: Layout | None = None):
-        """(y [B, T, H * K], the new state or None without one). layout: None for fresh full rows."""
+    def forward(
+        self, projected_BTP: torch.Tensor, *, state: LayerState | None = None, layout: Layout | None = None, keep_state: bool = False
+    ):
+        """(y [B, T, H * K], the new state or None).
+
+        layout: None for fresh full rows. A state is returned where one was given, or where keep_state is set; both need a layout.
+        """
+        if keep_state and state is None:
+            state = self.init_state(projected_BTP.shape[0], dtype=projected_BTP.dtype, device=projected_BTP.device)
         x_BTHP = projected_BTP.unflatten(-1, (self.num_heads, self.features_per_head))
         qkv, gate, *logit = x_BTHP.split([3 * self.head_width, self.head_width, *([1] if self.rule.momentum else [])], -1)
         inputs, tail, opened = self._streams(qkv, logit[0].squeeze(-1) if logit else None, state, layout)
@@ -188,8 +200,9 @@ class TitansCore(nn.Module):
         )  # fmt: skip
         return F.pad(y, (0, 0, skip, 0)), state
 
-    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device) -> LayerState:
-        """The state before the first token."""
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: torch.device, past: int = 0) -> LayerState:
+        """The state before the first token, at least fp32; its shapes are the same after any number of `past` tokens."""
+        dtype = torch.promote_types(dtype, torch.float32)
         mem, proj = self.starts(batch, dtype)
         chunk, heads, width = self.config.chunk_proj, self.num_heads, 3 * self.head_width
         state = pack(mem, proj)

@@ -73,7 +73,7 @@ class Clocked:
         """The inner optimizer's state dict with "accumulated" in the entries of slow parameters in mid-interval, and "num_calls"."""
         result = self.inner.state_dict()
         result["state"] = {index: dict(entry) for index, entry in result["state"].items()}
-        for index, param in enumerate(self._params()):
+        for index, param in enumerate(self.params()):
             if param in self._accumulated:
                 result["state"].setdefault(index, {})[ACCUMULATED] = self._accumulated[param]
         result["num_calls"] = self.num_calls
@@ -97,9 +97,10 @@ class Clocked:
         )
         for group, period in zip(self.param_groups, periods, strict=True):
             group[PERIOD] = period
-        params = self._params()
+        params = self.params()
         self._accumulated = {params[i]: total.detach().to(params[i].device, copy=True) for i, total in pending.items()}
         self.num_calls = int(state_dict["num_calls"])
 
-    def _params(self) -> list[Tensor]:
+    def params(self) -> list[Tensor]:
+        """All parameters, in the order that `state_dict` numbers them."""
         return [param for group in self.param_groups for param in group["params"]]

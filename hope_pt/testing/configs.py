@@ -7,6 +7,7 @@ from hope_pt.config.schema import (
     DataConfig,
     EngineConfig,
     ModelConfig,
+    MQARConfig,
     OptimConfig,
     RunConfig,
     TitansConfig,
@@ -39,10 +40,12 @@ def tiny_run(
     clip: float = 1.0,
 ) -> RunConfig:
     """A run on the CPU. `seq_len` is no multiple of the chunk lengths on purpose."""
+    model = model or tiny_model()
+    gap = (model.titans.conv_width - 1) * model.num_layers + 1
     return RunConfig(
         name="tiny",
-        model=model or tiny_model(),
-        data=DataConfig(source="mqar", seq_len=seq_len),
+        model=model,
+        data=DataConfig(source="mqar", seq_len=seq_len, mqar=MQARConfig(gap=gap)),
         optim=OptimConfig(lr=lr, warmup_steps=2, clip=clip),
         engine=EngineConfig(micro_batch_size=micro_batch_size, precision=precision, device="cpu", timeout_s=90),
         train=TrainConfig(steps=steps, global_batch_size=global_batch_size),

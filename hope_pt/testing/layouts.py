@@ -1,0 +1,127 @@
+"""Parallel layouts for tests: what an engine computed under any of them as whole tensors, and the same by a plain single-process loop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hope_pt.config.schema import RunConfig
+from hope_pt.engine import Launch, TrainEngine, start, stop
+from hope_pt.engine.sharding import shard_axis
+from hope_pt.nn import HopeLM
+from hope_pt.optim import Clocked, group_parameters, learning_rate
+from hope_pt.testing.batches import RandomBatch, random_batch
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A few steps of one run: loss and gradient norm of every step, clipped gradients of the first, weights after the last; whole tensors."""
+
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def with_engine(config: RunConfig, *, segments: int = 1, **engine: Any) -> RunConfig:
+    """The same run under another layout."""
+    return config.model_copy(
+        update={
+            "engine": config.engine.model_copy(update=engine),
+            "train": config.train.model_copy(update={"segments": segments}),
+        }
+    )
+
+
+def batch_at(config: RunConfig, step: int) -> RandomBatch:
+    """The global batch of a step."""
+    return random_batch(
+        batch=config.train.global_batch_size, length=config.data.seq_len, vocab_size=config.model.vocab_size, seed=100 + step
+    )
+
+
+def train_plainly(config: RunConfig, *, steps: int, dtype: torch.dtype = torch.float32) -> Trained:
+    """HopeLM, autograd, torch's AdamW and the clocks: no engine, no megatron. The oracle of every layout."""
+    lm = HopeLM(config.model, seed=config.train.seed).to(dtype)
+    parameters = dict(lm.named_parameters())
+    groups = group_parameters({name: tuple(p.shape) for name, p in parameters.items()}, config=config.model)
+    rules = [
+        {
+            "params": [parameters[name] for name in group.names],
+            "weight_decay": config.optim.weight_decay * group.rule.decay,
+            "period": group.rule.period,
+        }
+        for group in groups
+    ]
+    clocked = Clocked(torch.optim.AdamW(rules, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps))
+    losses, norms = [], []
+    gradients: dict[str, Tensor] = {}
+    for step in range(steps):
+        batch = batch_at(config, step)
+        clocked.zero_grad()
+        nll = lm.token_losses(batch.tokens_BT, batch.targets_BT, doc_start_BT=batch.doc_start_BT)
+        loss = (nll * batch.loss_mask_BT).sum() / batch.loss_mask_BT.sum()
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(lm.parameters(), config.optim.clip)))
+        gradients = gradients or {name: p.grad.clone() for name, p in parameters.items()}
+        for group in clocked.param_groups:
+            group["lr"] = learning_rate(step, optim=config.optim, num_steps=config.train.steps)
+        clocked.step()
+    return Trained(tuple(losses), tuple(norms), gradients, {name: p.detach().clone() for name, p in parameters.items()})
+
+
+def train_on_engine(launch: Launch, config: RunConfig, *, steps: int) -> Trained:
+    """The same steps by `TrainEngine`; every rank returns the same whole tensors."""
+    plan = start(config, launch=launch)
+    try:
+        trainer = TrainEngine(config, plan)
+        results = []
+        gradients: dict[str, Tensor] = {}
+        for step in range(steps):
+            results.append(trainer.step(batch_at(config, step).part(dp_rank=plan.dp_rank, dp_size=plan.dp_size)))
+            gradients = gradients or whole_gradients(trainer)
+        losses, norms = (tuple(getattr(result, key) for result in results) for key in ("loss", "grad_norm"))
+        return Trained(losses, norms, gradients, trainer.export())
+    finally:
+        stop(plan)
+
+
+def whole_gradients(trainer: TrainEngine) -> dict[str, Tensor]:
+    """Gradients of the last step after clipping, put together from the pieces that the ranks' optimizers step with; a collective."""
+    tensor = trainer.plan.groups.tensor
+    own = [
+        (name, tensor.rank(), piece.first, trainer.parameters[name].main_grad.reshape(-1)[piece.first : piece.end].clone())
+        for name, piece in trainer.optimizer.pieces.items()
+    ]
+    everyone: list[Any] = [None] * trainer.plan.world_size
+    dist.all_gather_object(everyone, (own, {name: tuple(p.shape) for name, p in trainer.parameters.items()}))
+    shapes = {name: shape for _, found in everyone for name, shape in found.items()}
+    whole = {}
+    for name, shape in shapes.items():
+        axis = shard_axis(name)
+        parts = [torch.full(shape, torch.nan) for _ in range(1 if axis is None else tensor.size())]
+        for pieces, _ in everyone:
+            for found, rank, first, values in pieces:
+                if found == name:
+                    parts[0 if axis is None else rank].view(-1)[first : first + len(values)] = values
+        whole[name] = parts[0] if axis is None else torch.cat(parts, axis)
+    return whole
+
+
+def train_all(launch: Launch, configs: Sequence[RunConfig], *, steps: int) -> list[Trained | str]:
+    """`train_on_engine` for many layouts of one number of processes, one after the other in the same workers; a failed one gives its text.
+
+    Every case has an address of its own. A failure is reported by the rank that has it; the others then fail too, by their collectives.
+    """
+    results: list[Trained | str] = []
+    for index, config in enumerate(configs):
+        own = Launch(launch.rank, launch.world_size, launch.local_rank, f"{launch.master_addr}-{index}")
+        try:
+            results.append(train_on_engine(own, config, steps=steps))
+        except Exception as error:
+            results.append(f"rank {launch.rank}: {type(error).__name__}: {error}")
+    return results

@@ -11,6 +11,8 @@ EXIT_DO_NOT_RESTART = 93
 class HopeError(Exception):
     """Base of all errors that are the user's to mend."""
 
+    exit_code = EXIT_USER_ERROR
+
 
 class ConfigError(HopeError):
     """A configuration key, value or combination is wrong."""
@@ -34,3 +36,5 @@ class EvalError(HopeError):
 
 class DivergenceError(HopeError):
     """Training met a value that is not finite; the same command would meet it again, so the exit code is `EXIT_DO_NOT_RESTART`."""
+
+    exit_code = EXIT_DO_NOT_RESTART

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hope_pt.errors import EXIT_DO_NOT_RESTART, EXIT_USER_ERROR, DivergenceError, HopeError
+from hope_pt.errors import HopeError
 
 EXIT_INTERRUPTED = 130
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except HopeError as error:
         print("hope: " + " ".join(str(error).split()), file=sys.stderr)
-        return EXIT_DO_NOT_RESTART if isinstance(error, DivergenceError) else EXIT_USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         hint = "; the same command continues from the newest checkpoint" if arguments.module == "train" else ""
         print(f"hope: interrupted{hint}", file=sys.stderr)

@@ -15,6 +15,7 @@ from pathlib import Path
 from hope_pt import checkpoint, data, engine
 from hope_pt.config import loads, to_toml
 from hope_pt.config.schema import RunConfig
+from hope_pt.engine.peers import Watch
 from hope_pt.engine.sharding import Shard
 from hope_pt.errors import DivergenceError, HopeError
 from hope_pt.report import metrics, tracking
@@ -42,13 +43,14 @@ class RunResult:
     steps: int
 
 
-def run(config: RunConfig, *, launch: engine.Launch | None = None) -> RunResult:
+def run(config: RunConfig, *, launch: engine.Launch | None = None, watch: Watch | None = None) -> RunResult:
     """Trains `config` to its last step, from the newest checkpoint of the run directory `out/name` if there is one.
 
     Raises HopeError subclasses for the user's mistakes (other configuration or data than the run began with, a second writer, a full
-    disk) and DivergenceError when a value is not finite.
+    disk) and DivergenceError when a value is not finite. `watch`, entered by the caller, tells every rank of the failure of one.
     """
     launch = launch or engine.Launch()
+    watch = watch or Watch(launch)
     directory = RunDirectory(Path(config.out) / config.name)
     with ExitStack() as stack:
         train = stack.enter_context(closing(data.open_source(config.data, split="train", vocab_size=config.model.vocab_size)))
@@ -57,11 +59,12 @@ def run(config: RunConfig, *, launch: engine.Launch | None = None) -> RunResult:
         directory.open(rank=launch.rank)
         plan = engine.start(config, launch=launch)
         stack.callback(engine.stop, plan)
+        stack.enter_context(watch.reporting())
         newest = _find(config, directory=directory, fingerprint=train.fingerprint)
         if newest and newest.step >= config.train.steps:
             LOG.info("%s already has its %d steps", directory.path, newest.step)
             return RunResult(path=directory.path, steps=newest.step)
-        _train(config, plan=plan, directory=directory, newest=newest, train=train, heldout=heldout)
+        _train(config, plan=plan, directory=directory, newest=newest, train=train, heldout=heldout, watch=watch)
     return RunResult(path=directory.path, steps=config.train.steps)
 
 
@@ -73,6 +76,7 @@ def _train(
     newest: checkpoint.Checkpoint | None,
     train: data.Source,
     heldout: data.Source,
+    watch: Watch,
 ) -> None:
     """From a started engine to the last step."""
     rng.seed(config.train.seed)
@@ -98,6 +102,7 @@ def _train(
             stack.callback(hook.close)
         if writer:
             stack.enter_context(_status(directory, trainer=trainer, num_steps=config.train.steps))
+        stack.enter_context(watch.reporting())
         fit(
             trainer,
             batches=loader,

@@ -163,8 +163,8 @@ class Watch:
     def _unreachable(self) -> ParallelError:
         launch = self._launch
         return ParallelError(
-            f"rank 0 of {launch.world_size} cannot be reached at {launch.master_addr}:{launch.master_port} within {self._join_s:.0f} s: it was "
-            f"killed or has not started, or MASTER_ADDR and MASTER_PORT are not its host and a free port there (said rank {launch.rank})"
+            f"rank 0 of {launch.world_size} cannot be reached at {launch.master_addr}:{launch.master_port} within {self._join_s:.0f} s: it "
+            f"was killed or has not started, or MASTER_ADDR and MASTER_PORT are not its host and a free port (said rank {launch.rank})"
         )
 
     def _connect(self, address: dict[str, Any]) -> "_Link | None":
@@ -448,4 +448,17 @@ def _open_store(launch: Launch, *, join_s: float) -> Any:
         # torchrun has a server of its own at this address.
         with contextlib.suppress(DistNetworkError):
             return TCPStore(launch.master_addr, launch.master_port, is_master=True, **options)
+    _wait_for_port(launch.master_addr, launch.master_port, seconds=join_s)
     return TCPStore(launch.master_addr, launch.master_port, is_master=False, **options)
+
+
+def _wait_for_port(host: str, port: int, *, seconds: float) -> None:
+    """Until somebody listens there; OSError after `seconds`. A TCPStore that finds nobody takes more than twice its time limit."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=2.0).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)

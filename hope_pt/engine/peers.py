@@ -439,26 +439,25 @@ def _host(launch: Launch) -> str:
 
 def _open_store(launch: Launch, *, join_s: float) -> Any:
     """A store for the address of the hub. The process group's own, at the same address, shares rank 0's server."""
-    from torch.distributed import DistNetworkError, FileStore, TCPStore
+    from torch.distributed import FileStore, TCPStore
 
     if "://" in launch.master_addr:
         return FileStore(launch.master_addr.partition("://")[2] + ".peers", launch.world_size)
-    options: dict[str, Any] = {"timeout": timedelta(seconds=join_s), "wait_for_workers": False, "multi_tenant": True}
-    if launch.rank == 0:
-        # torchrun has a server of its own at this address.
-        with contextlib.suppress(DistNetworkError):
-            return TCPStore(launch.master_addr, launch.master_port, is_master=True, **options)
-    _wait_for_port(launch.master_addr, launch.master_port, seconds=join_s)
-    return TCPStore(launch.master_addr, launch.master_port, is_master=False, **options)
-
-
-def _wait_for_port(host: str, port: int, *, seconds: float) -> None:
-    """Until somebody listens there; OSError after `seconds`. A TCPStore that finds nobody takes more than twice its time limit."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return socket.create_connection((host, port), timeout=2.0).close()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
+    address = (launch.master_addr, launch.master_port)
+    # torchrun has a server of its own there, which rank 0 must not replace.
+    is_server = launch.rank == 0 and not _listens(address)
+    deadline = time.monotonic() + join_s
+    # A TCPStore that finds nobody takes more than twice its time limit.
+    while not is_server and not _listens(address):
+        if time.monotonic() > deadline:
+            raise ConnectionError("nobody listens")
         time.sleep(0.2)
+    return TCPStore(*address, is_master=is_server, timeout=timedelta(seconds=join_s), wait_for_workers=False, multi_tenant=True)
+
+
+def _listens(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=2.0).close()
+    except OSError:
+        return False
+    return True

@@ -1,6 +1,6 @@
 """hope_pt.nn's blocks inside megatron-core's GPTModel.
 
-    VocabParallelEmbedding -> TransformerBlock[ HopeLayer(HopeBlock) x L, HopeNorm ] -> ColumnParallelLinear (tied) -> cross-entropy
+    VocabParallelEmbedding -> TransformerBlock[ HopeLayer(HopeBlock) x L, norm ] -> ColumnParallelLinear (tied) -> cross-entropy
 
 megatron's part is the embedding, the head, the loss, the pipeline plumbing and the parallel linear layers; the mathematics is the same
 `HopeBlock` that `HopeLM` runs, built with `Parts` that inject those linear layers. Activations are [T, B, D] here: T is this rank's share
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -35,10 +34,10 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from hope_pt.config.schema import EngineConfig, ModelConfig, RunConfig
 from hope_pt.engine.context import run_core
 from hope_pt.engine.plan import Plan
+from hope_pt.engine.provider import Provider
 from hope_pt.engine.sharding import shard_axis
 from hope_pt.nn import HopeBlock, Parts
 from hope_pt.nn.layout import Layout
-from hope_pt.nn.parts import RMSNorm
 from hope_pt.nn.state import LayerState
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.block\.")
@@ -47,30 +46,6 @@ _RENAMED = {
     "decoder.final_layernorm.weight": "final_norm.weight",
     "output_layer.weight": "head.weight",
 }
-
-
-class HopeNorm(RMSNorm):
-    """RMSNorm whose weight is marked for megatron's sequence parallelism: its gradient is summed over tensor-parallel ranks."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **unused: Any):
-        super().__init__(hidden_size, eps)
-        vars(self.weight)["sequence_parallel"] = config.sequence_parallel
-
-
-class Column(ColumnParallelLinear):
-    """Column-parallel linear layer x [T, B, in] -> y [T, B, out / tensor-parallel degree]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y; megatron's own forward also returns a bias, which is None here."""
-        return super().forward(x)[0]
-
-
-class Row(RowParallelLinear):
-    """Row-parallel linear layer x [T, B, in / tensor-parallel degree] -> y [T, B, out]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y; megatron's own forward also returns a bias, which is None here."""
-        return super().forward(x)[0]
 
 
 @dataclass(frozen=True)
@@ -99,6 +74,7 @@ class HopeLayer(MegatronModule, BaseTransformerLayer):
         *,
         model: ModelConfig,
         engine: EngineConfig,
+        provider: Provider,
         layer_number: int,
         pg_collection: Any,
         vp_stage=None,
@@ -107,7 +83,7 @@ class HopeLayer(MegatronModule, BaseTransformerLayer):
         super().__init__(config=config)
         # megatron counts layers from 1, over all pipeline stages.
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
-        self.block = HopeBlock(model, parts=_parts(config, model, engine, pg_collection))
+        self.block = HopeBlock(model, parts=_parts(config, model, engine, provider, pg_collection))
         self._recomputes = engine.recompute == "block"
         # Messages between context-parallel ranks are repeated too, so none of them may stop early.
         self._stops_early = not (engine.context_mode == "state" and engine.context_parallel > 1)
@@ -126,19 +102,11 @@ class HopeLayer(MegatronModule, BaseTransformerLayer):
         return x, None
 
 
-def _parts(config: TransformerConfig, model: ModelConfig, engine: EngineConfig, groups: Any) -> Parts:
-    common = {"config": config, "init_method": None, "bias": False, "tp_group": groups.tp}
-
-    def row(width_in: int, width_out: int) -> nn.Module:
-        return Row(width_in, width_out, input_is_parallel=True, skip_bias_add=False, **common)
-
-    def column(width_in: int, width_out: int) -> nn.Module:
-        return Column(width_in, width_out, gather_output=False, **common)
-
+def _parts(config: TransformerConfig, model: ModelConfig, engine: EngineConfig, provider: Provider, groups: Any) -> Parts:
     return Parts(
-        column=column,
-        row=row,
-        norm=lambda width, eps: HopeNorm(config, width, eps),
+        column=lambda width_in, width_out: provider.column(config, width_in, width_out, tp_group=groups.tp),
+        row=lambda width_in, width_out: provider.row(config, width_in, width_out, tp_group=groups.tp),
+        norm=lambda width, eps: provider.norm(config, width, eps),
         num_heads=model.num_heads // groups.tp.size(),
         time_first=True,
         run_core=run_core(engine.context_mode, groups.cp),
@@ -181,6 +149,7 @@ def transformer_config(config: RunConfig, *, plan: Plan) -> TransformerConfig:
         params_dtype=plan.dtype,
         pipeline_dtype=plan.dtype,
         bf16=plan.dtype == torch.bfloat16,
+        fp8="hybrid" if engine.fp8 and plan.provider.name == "te" else None,
         use_cpu_initialization=plan.device.type != "cuda",
         perform_initialization=False,
         # The loss is a sum over counted tokens; gradients are divided by their global number after the reduction.
@@ -191,16 +160,16 @@ def transformer_config(config: RunConfig, *, plan: Plan) -> TransformerConfig:
 def build_model(config: RunConfig, *, plan: Plan) -> list[GPTModel]:
     """The pieces of the model that this rank holds, on its device, in order of depth; their parameters are not initialised."""
     megatron = transformer_config(config, plan=plan)
-    layer = ModuleSpec(module=HopeLayer, params={"model": config.model, "engine": config.engine})
+    layer = ModuleSpec(module=HopeLayer, params={"model": config.model, "engine": config.engine, "provider": plan.provider})
     with _on(plan.device):
         return [_build_piece(config, megatron, layer, plan=plan, piece=piece) for piece in range(plan.mesh.virtual)]
 
 
 def _build_piece(config: RunConfig, megatron: TransformerConfig, layer: ModuleSpec, *, plan: Plan, piece: int) -> GPTModel:
-    model, mesh = config.model, plan.mesh
+    model, mesh, norm = config.model, plan.mesh, plan.provider.norm
     gpt = HopeGPT(
         config=megatron,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * len(mesh.layers(plan.stage, piece)), layer_norm=HopeNorm),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * len(mesh.layers(plan.stage, piece)), layer_norm=norm),
         vocab_size=model.vocab_size,
         max_sequence_length=config.data.seq_len,
         pre_process=plan.stage == 0 and piece == 0,

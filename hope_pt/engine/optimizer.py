@@ -50,9 +50,8 @@ class OuterOptimizer:
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, models: Sequence[DistributedDataParallel], config: RunConfig, plan: Plan):
         self._plan, self._clip = plan, config.optim.clip
         self.is_distributed = config.engine.distributed_optimizer
-        inner = torch.optim.AdamW(
-            _groups(parameters, config=config), lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
-        )
+        groups = _groups(parameters, config=config)
+        inner = plan.provider.adam(groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps)
         self._megatron = _wrap(inner, models=models, config=config, plan=plan)
         # After the wrappers, which look for the type of the optimizer and replace its parameters.
         self._clocked = self._megatron.optimizer = Clocked(inner)

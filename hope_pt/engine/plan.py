@@ -17,10 +17,11 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hope_pt.config.schema import RunConfig
-from hope_pt.engine import cpu, provider
+from hope_pt.engine import cpu
 from hope_pt.engine.compat import Capabilities, accepted, capabilities
 from hope_pt.engine.launch import Launch
 from hope_pt.engine.mesh import Mesh, check_mesh
+from hope_pt.engine.provider import Provider, choose
 from hope_pt.errors import ConfigError, ParallelError
 
 _LOG = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Plan:
     dtype: torch.dtype
     groups: ProcessGroups
     capabilities: Capabilities
+    provider: Provider
 
     @property
     def dp_rank(self) -> int:
@@ -78,16 +80,16 @@ def start(config: RunConfig, *, launch: Launch | None = None) -> Plan:
     mesh = check_mesh(config, world_size=launch.world_size)
     device = _device(config, local_rank=launch.local_rank)
     found = capabilities()
-    provider.check(config.engine, found=found, device=device)
+    provider = choose(config.engine, device=device)
     _check_not_started(launch)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     if device.type == "cpu":
         cpu.redirect()
     _join(config, device, launch)
-    plan = _plan(config, launch=launch, mesh=mesh, device=device, found=found)
+    plan = _plan(config, launch=launch, mesh=mesh, device=device, found=found, provider=provider)
     if launch.rank == 0:
-        _LOG.info("engine: %d x %s, %s, parts: %s", launch.world_size, device.type, found, config.engine.provider)
+        _LOG.info("engine: %d x %s, %s, parts: %s", launch.world_size, device.type, found, provider.name)
     return plan
 
 
@@ -102,7 +104,8 @@ def rehearse(config: RunConfig, *, world_size: int, rank: int) -> Plan:
     if not torch.cuda.is_available():
         cpu.redirect()
     dist.init_process_group(backend="fake", store=FakeStore(), rank=rank, world_size=world_size)
-    return _plan(config, launch=launch, mesh=mesh, device=torch.device("meta"), found=capabilities())
+    device = torch.device("meta")
+    return _plan(config, launch=launch, mesh=mesh, device=device, found=capabilities(), provider=choose(config.engine, device=device))
 
 
 def _check_not_started(launch: Launch) -> None:
@@ -110,7 +113,7 @@ def _check_not_started(launch: Launch) -> None:
         raise ParallelError(f"rank {launch.rank}: torch.distributed is already initialised in this process; call engine.stop first")
 
 
-def _plan(config: RunConfig, *, launch: Launch, mesh: Mesh, device: torch.device, found: Capabilities) -> Plan:
+def _plan(config: RunConfig, *, launch: Launch, mesh: Mesh, device: torch.device, found: Capabilities, provider: Provider) -> Plan:
     _initialize_model_parallel(config)
     return Plan(
         rank=launch.rank,
@@ -120,6 +123,7 @@ def _plan(config: RunConfig, *, launch: Launch, mesh: Mesh, device: torch.device
         dtype=_DTYPES[config.engine.precision],
         groups=_groups(),
         capabilities=found,
+        provider=provider,
     )
 
 

@@ -1,7 +1,6 @@
 """The version gate, the capability probe and the CPU shim."""
 
 import sys
-from types import ModuleType
 
 import pytest
 import torch
@@ -25,19 +24,49 @@ def test_other_versions_are_refused_in_one_line(monkeypatch, version):
         compat.check_megatron()
 
 
-def test_the_web_framework_called_apex_is_recognised(monkeypatch):
-    apex = ModuleType("apex")
-    apex.__spec__ = compat.find_spec("json")
-    monkeypatch.setitem(sys.modules, "apex", apex)
-    with pytest.raises(ConfigError, match="'apex' is not NVIDIA's"):
-        compat.capabilities()
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A directory for packages of the test's own making."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    compat.apex_is_foreign.cache_clear()
+    yield tmp_path
+    compat.apex_is_foreign.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", "broken_build")]:
+        del sys.modules[name]
 
 
-def test_symbols_are_looked_up_and_not_names():
-    assert compat.has_symbol("json.decoder", "JSONDecoder")
-    assert not compat.has_symbol("json.decoder", "NoSuchThing")
-    assert not compat.has_symbol("json.no_such_module", "JSONDecoder")
-    assert not compat.has_symbol("no_such_package_at_all", "anything")
+def write(folder, **files):
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+
+
+def test_the_web_framework_called_apex_is_named_without_being_imported_and_hidden_from_megatron(packages, caplog):
+    write(packages / "apex", __init__="raise AttributeError('must not be imported')", views="")
+    assert compat.apex_is_foreign()
+    compat.prepare_import()
+    assert "'apex' is not NVIDIA's" in caplog.text and "pip uninstall apex" in caplog.text
+    with pytest.raises(ImportError):
+        import apex  # noqa: F401
+    assert "'apex' is not NVIDIA's" in compat.apex_problem()
+    assert compat.capabilities().apex is False
+
+
+def test_nvidias_apex_without_its_cuda_extensions_is_of_no_use(packages):
+    write(packages / "apex", __init__="")
+    write(packages / "apex/optimizers", __init__="class FusedAdam: ...")
+    write(packages / "apex/normalization", __init__="class MixedFusedRMSNorm: ...")
+    assert not compat.apex_is_foreign()
+    assert compat.apex_problem() == "built without its CUDA extensions: no amp_C, fused_layer_norm_cuda"
+
+
+def test_symbols_are_looked_up_and_not_names(packages):
+    write(packages / "broken_build", __init__="raise OSError('libcudart.so.11: cannot open shared object file')")
+    assert compat.problem("json.decoder", "JSONDecoder") == ""
+    assert compat.problem("json.decoder", "NoSuchThing") == "json.decoder has no NoSuchThing"
+    assert compat.problem("json.no_such_module", "X").startswith("cannot be imported: ModuleNotFoundError")
+    assert compat.problem("no_such_package_at_all", "anything") == "not installed"
+    assert compat.problem("broken_build", "X").startswith("cannot be imported: OSError: libcudart.so.11")
 
 
 def test_accepted_drops_what_a_function_does_not_take():

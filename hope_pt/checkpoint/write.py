@@ -30,15 +30,13 @@ LATEST = "latest"
 class Saving:
     """A checkpoint on its way to the disk while training goes on. Collective: made and advanced by all ranks in the same order.
 
-    Tensors are copied when it is made. What is slow (writing, hashing, reading back) happens in a thread; what ranks do together (commit,
-    retention) happens in `advance`. Arguments and errors are those of `save`. Dropping the object before `advance` is true loses at most
-    this checkpoint.
+    The tensors must not change before its end. What is slow (writing, hashing, reading back) happens in a thread; what ranks do together
+    (commit, retention) happens in `advance`. Arguments and errors are those of `save`. Dropping the object before `advance` is true loses
+    at most this checkpoint.
     """
 
     def __init__(self, root: str | Path, *, step: int, shards: Sequence[Shard], meta: dict, layout: str, keep: int, keep_every: int):
-        self._protocol = _save(
-            Path(root), step=step, shards=shards, meta=meta, layout=layout, keep=keep, keep_every=keep_every, copy=True
-        )
+        self._protocol = _save(Path(root), step=step, shards=shards, meta=meta, layout=layout, keep=keep, keep_every=keep_every)
         self._thread = _Thread(next(self._protocol))
 
     def advance(self, *, wait: bool) -> bool:
@@ -64,7 +62,7 @@ def save(root: str | Path, *, step: int, shards: Sequence[Shard], meta: dict, la
     Raises CheckpointError on all ranks if the disk refuses one (full, read-only): earlier checkpoints are untouched and no temporary
     remains.
     """
-    protocol = _save(Path(root), step=step, shards=shards, meta=meta, layout=layout, keep=keep, keep_every=keep_every, copy=False)
+    protocol = _save(Path(root), step=step, shards=shards, meta=meta, layout=layout, keep=keep, keep_every=keep_every)
     error: BaseException | None = None
     while True:
         try:
@@ -104,7 +102,7 @@ def _resume(protocol: Generator[_Work, None, Path], *, error: BaseException | No
 
 
 def _save(
-    root: Path, *, step: int, shards: Sequence[Shard], meta: dict, layout: str, keep: int, keep_every: int, copy: bool
+    root: Path, *, step: int, shards: Sequence[Shard], meta: dict, layout: str, keep: int, keep_every: int
 ) -> Generator[_Work, None, Path]:
     """The protocol of one save on one rank. What it yields is not collective and may run in a thread; the rest is collective."""
     first, final = collectives.rank() == 0, root / directory_name(step)
@@ -117,7 +115,7 @@ def _save(
                 root.mkdir(parents=True, exist_ok=True)
                 remove_temporaries(root)
                 temporary.mkdir()
-        write = engine.prepare_write(shards, temporary, copy=copy)
+        write = engine.prepare_write(shards, temporary)
         with _agreed(final):
             yield lambda: files.update(describe(temporary, names=write()))
         described = collectives.gather(files)

@@ -25,13 +25,13 @@ from hope_pt.engine.tensor_files import fill, read_metadata, stored_tensors
 from hope_pt.errors import CheckpointError
 
 
-def prepare_write(shards: Sequence[Shard], directory: Path, *, copy: bool) -> Callable[[], list[str]]:
+def prepare_write(shards: Sequence[Shard], directory: Path) -> Callable[[], list[str]]:
     """Collective. The work that writes and fsyncs this rank's file in the existing `directory`, and returns the names of what it wrote.
 
-    That work is not collective and may run in a thread; the shards may change after this call if `copy`, otherwise only after the work.
-    Over all ranks every part of every tensor must be listed once; a rank may have none. The work raises OSError.
+    That work is not collective and may run in a thread; the shards must not change before its end. Over all ranks every part of every
+    tensor must be listed once; a rank may have none. The work raises OSError.
     """
-    entries = {shard.name: [_sharded(shard, data=_on_cpu(shard.data, copy=copy))] for shard in shards}
+    entries = {shard.name: [_sharded(shard, data=_on_cpu(shard.data))] for shard in shards}
     if len(entries) != len(shards):
         raise ValueError("one rank lists two parts of one tensor")
     with collectives.joined():
@@ -67,9 +67,9 @@ def _sharded(shard: Shard, *, data: torch.Tensor) -> ShardedTensor:
     return ShardedTensor.from_rank_offsets(shard.name, data, *offsets)
 
 
-def _on_cpu(data: torch.Tensor, *, copy: bool) -> torch.Tensor:
+def _on_cpu(data: torch.Tensor) -> torch.Tensor:
     """A thread that writes must not touch a GPU: it would open a context on the first one."""
-    return data.detach().to("cpu", copy=copy).contiguous()
+    return data.detach().cpu().contiguous()
 
 
 def _check(shards: Sequence[Shard], *, metadata: Metadata, directory: Path) -> None:

@@ -30,9 +30,8 @@ class Progress:
 
 
 def capture(engine: Any, *, progress: Progress, config: RunConfig, fingerprint: str, code_version: str) -> tuple[list[Shard], dict]:
-    """Collective. This rank's shards and the meta of `engine` after `progress.step` steps."""
-    tensors, scalars = engine.state()
-    shards = [Shard(name, tensor) for name, tensor in tensors.items()] if collectives.rank() == 0 else []
+    """Collective. This rank's shards, copies on the CPU, and the meta of `engine` after `progress.step` steps."""
+    shards, scalars = engine.shards()
     meta = {
         "format": FORMAT,
         "step": progress.step,
@@ -52,6 +51,6 @@ def capture(engine: Any, *, progress: Progress, config: RunConfig, fingerprint: 
 def restore(checkpoint: Checkpoint, *, engine: Any) -> Progress:
     """Collective. Loads engine and generators from a checkpoint that `resume.check` has accepted."""
     meta = checkpoint.meta
-    engine.load_state(checkpoint.tensors(), meta["engine"])
+    engine.load(checkpoint.read, meta["engine"])
     rng.restore(meta["rng"])
     return Progress(step=meta["step"], consumed=meta["consumed_samples"], wall_s=meta["wall_s"])

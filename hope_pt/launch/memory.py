@@ -23,9 +23,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Bytes of one rank. activations: kept by all micro-batches in flight; states: the part of them that is memory states at chunk or
-    segment boundaries, kept for the backward pass. working: the highest moment above what is kept. buffers: gathered inputs of linear
-    layers, and memory states carried between segments.
+    """Bytes of one rank.
+
+    activations: kept by all micro-batches in flight. states: the part of them that is memory states at boundaries of chunks or pieces.
+    working: the highest moment above what is kept. buffers: gathered inputs of linear layers, and memory states carried between segments.
     """
 
     stage: int
@@ -73,7 +74,8 @@ def rank_bytes(config: RunConfig, mesh: Mesh, *, stage: int, documents: int = 1)
         head = activations.head(config.model, share)
         working = max(working, head.kept + max(head.forward, head.backward))
     states = 0 if recomputed else round(passes * layers * boundary_bytes(config, share))
-    return RankBytes(stage, weight_bytes(config, mesh, stage=stage), in_all, min(states, in_all), working, _buffers(config, mesh, share, stage))
+    weights, buffers = weight_bytes(config, mesh, stage=stage), _buffers(config, mesh, share, stage)
+    return RankBytes(stage, weights, in_all, states, working, buffers)
 
 
 def in_flight(mesh: Mesh, *, stage: int) -> int:
@@ -94,17 +96,18 @@ def boundary_bytes(config: RunConfig, share: Share) -> int:
     memory = FP32 * rule.num_layers * (2 if rule.momentum else 1) * model.head_width * hidden
     replayed = tokens > titans.save_every
     mem, proj = (-(-tokens // (titans.save_every if replayed else chunk)) for chunk in (titans.chunk_mem, titans.chunk_proj))
-    return memory * share.rows * _core_heads(config, share) * (mem + proj * len(adaptive_streams(titans)))
+    return memory * share.rows * core_heads(config, share) * (mem + proj * len(adaptive_streams(titans)))
 
 
 def state_bytes(config: RunConfig, share: Share, *, past: int) -> int:
     """The state of one block's mixer that a rank holds or hands on for one micro-batch, after `past` tokens."""
     with META:
-        core = CORES[config.model.mixer](config.model, num_heads=_core_heads(config, share))
+        core = CORES[config.model.mixer](config.model, num_heads=core_heads(config, share))
     return sum(t.nbytes for t in core.init_state(share.rows, dtype=share.dtype, device=META, past=past).values())
 
 
-def _core_heads(config: RunConfig, share: Share) -> int:
+def core_heads(config: RunConfig, share: Share) -> int:
+    """Heads that a mixer's core runs on a rank."""
     return config.model.num_heads // share.tensor // (1 if share.by_state else share.context)
 
 

@@ -1,4 +1,4 @@
-"""The `hope` command: `train`, `eval`, `generate`, `report`, `summary`, `config`.
+"""The `hope` command: `train`, `eval`, `generate`, `report`, `summary`, `doctor`, `config`.
 
 This file parses arguments and turns exceptions into exit codes; each command is a module that is imported when it runs, so that
 `hope --help` answers at once. Exit codes: 0 done; 2 the user's error, one line on standard error; 1 our bug, with its traceback;
@@ -80,6 +80,13 @@ def parser() -> argparse.ArgumentParser:
     summary.add_argument("config", metavar="CONFIG", help="TOML file")
     summary.add_argument("overrides", metavar="key=value", nargs="*")
     summary.set_defaults(module="summary")
+
+    doctor = commands.add_parser(
+        "doctor", help="what this machine can run, and what to install for the rest; exit code 2: cannot train"
+    )
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument("--out", metavar="DIR", default="runs", help="where runs will be written (default: runs)")
+    doctor.set_defaults(module="doctor")
 
     config = commands.add_parser("config", help="show or compare resolved configurations")
     actions = config.add_subparsers(required=True, metavar="ACTION")

@@ -96,6 +96,15 @@ def transformer_engine_problem() -> str:
     return problem("transformer_engine.pytorch", "Linear") or problem("transformer_engine.pytorch.optimizers", "FusedAdam")
 
 
+def collective_backends() -> list[str]:
+    """Back ends of torch.distributed that this torch was built with; nothing is initialised."""
+    from torch import distributed
+
+    if not distributed.is_available():
+        return []
+    return [name for name, found in (("gloo", distributed.is_gloo_available()), ("nccl", distributed.is_nccl_available())) if found]
+
+
 def capabilities() -> Capabilities:
     """Probe the optional packages."""
     return Capabilities(

@@ -22,7 +22,7 @@ def step_per_parameter(fused: Any) -> Any:
 
         def step(self, closure: Any = None) -> None:
             """Updates the groups that have gradients; the others do not count this call."""
-            groups = self.param_groups
+            groups: list[dict[str, Any]] = self.param_groups
             self.param_groups = [group for group in groups if any(param.grad is not None for param in group["params"])]
             try:
                 super().step(closure)
@@ -53,8 +53,8 @@ def step_per_parameter(fused: Any) -> Any:
                 steps = {int(state[index].pop(_STEP)) for index in group["params"] if index in state}
                 if len(steps) > 1:
                     raise CheckpointError(
-                        f"parameters of optimizer group {number} have had {min(steps)} to {max(steps)} updates in the checkpoint and FusedAdam "
-                        'counts by group; resume with engine.provider = "local"'
+                        f"parameters of optimizer group {number} have had {min(steps)} to {max(steps)} updates in the checkpoint, and "
+                        'FusedAdam counts by group; resume with engine.provider = "local"'
                     )
                 if steps:
                     group[_STEP] = steps.pop()

@@ -87,11 +87,14 @@ class HopeLayer(MegatronModule, BaseTransformerLayer):
         self._recomputes = engine.recompute == "block"
         # Messages between context-parallel ranks are repeated too, so none of them may stop early.
         self._stops_early = not (engine.context_mode == "state" and engine.context_parallel > 1)
+        self._overlaps = engine.overlap_grad_reduce
         self._carried: LayerState | None = None
 
     def forward(self, hidden_states: Tensor, attention_mask=None, *, packed_seq_params: Passage, **unused):
         """Block output [T, B, D] and None. The `Passage` travels in megatron's argument for packed sequences."""
         passage = packed_seq_params
+        if self._overlaps:
+            hidden_states = _Uses.apply(hidden_states, *self.block.mixer.core.parameters())
         options = {"state": self._carried if passage.continues else None, "layout": passage.layout, "keep_state": passage.keeps}
         if self._recomputes and torch.is_grad_enabled():
             with set_checkpoint_early_stop(self._stops_early):
@@ -100,6 +103,22 @@ class HopeLayer(MegatronModule, BaseTransformerLayer):
             x, state = self.block(hidden_states, **options)
         self._carried = {name: tensor.detach() for name, tensor in state.items()} if passage.keeps else None
         return x, None
+
+
+class _Uses(torch.autograd.Function):
+    """x, with a gradient of zero for parameters that the rest of the graph may not use (a memory that never writes has no learning rate).
+
+    A reduction that overlaps the backward pass starts when every parameter has reported its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.parameters = parameters
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(parameter.new_zeros(()).expand_as(parameter) for parameter in ctx.parameters)
 
 
 def _parts(config: TransformerConfig, model: ModelConfig, engine: EngineConfig, provider: Provider, groups: Any) -> Parts:

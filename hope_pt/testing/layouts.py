@@ -12,13 +12,14 @@ from hope_pt.config.schema import RunConfig
 from hope_pt.engine import Launch, TrainEngine, start, stop
 from hope_pt.engine.sharding import shard_axis
 from hope_pt.nn import HopeLM
+from hope_pt.nn.state import LMState
 from hope_pt.optim import Clocked, group_parameters, learning_rate
 from hope_pt.testing.batches import RandomBatch, random_batch
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A few steps of one run: loss and gradient norm of every step, clipped gradients of the first, weights after the last; whole tensors."""
+    """A few steps of a run: losses, gradient norms before clipping, clipped gradients of the first step, final weights; whole tensors."""
 
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
@@ -62,16 +63,28 @@ def train_plainly(config: RunConfig, *, steps: int, dtype: torch.dtype = torch.f
     for step in range(steps):
         batch = batch_at(config, step)
         clocked.zero_grad()
-        nll = lm.token_losses(batch.tokens_BT, batch.targets_BT, doc_start_BT=batch.doc_start_BT)
-        loss = (nll * batch.loss_mask_BT).sum() / batch.loss_mask_BT.sum()
-        loss.backward()
-        losses.append(loss.item())
+        losses.append(_backward(lm, batch, segments=config.train.segments))
         norms.append(float(torch.nn.utils.clip_grad_norm_(lm.parameters(), config.optim.clip)))
         gradients = gradients or {name: p.grad.clone() for name, p in parameters.items()}
         for group in clocked.param_groups:
             group["lr"] = learning_rate(step, optim=config.optim, num_steps=config.train.steps)
         clocked.step()
     return Trained(tuple(losses), tuple(norms), gradients, {name: p.detach().clone() for name, p in parameters.items()})
+
+
+def _backward(lm: HopeLM, batch: RandomBatch, *, segments: int) -> float:
+    """Loss of a batch, with its gradient added; the state goes from segment to segment, the gradient does not."""
+    state = lm.init_state(len(batch.tokens_BT)) if segments > 1 else None
+    count, total = batch.loss_mask_BT.sum(), 0.0
+    for tokens, targets, mask, starts in zip(*(field.chunk(segments, 1) for field in vars(batch).values()), strict=True):
+        logits, state = lm(tokens, doc_start_BT=starts, state=state)
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        loss = (nll * mask).sum() / count
+        loss.backward()
+        total += loss.item()
+        if state is not None:
+            state = LMState(state.seen_B, tuple({name: t.detach() for name, t in layer.items()} for layer in state.layers))
+    return total
 
 
 def train_on_engine(launch: Launch, config: RunConfig, *, steps: int) -> Trained:

@@ -103,6 +103,10 @@ stability: $(VENV)/.stamp-base data ## both chunk presets, three seeds, peak lea
 kill-trials: $(VENV)/.stamp-base data ## kill -9 the trainer at random moments; the resumed losses must be bit-identical
 	$(BIN)/python -m tools.kill_trials
 
+.PHONY: checkpoint-faults
+checkpoint-faults: $(VENV)/.stamp-base ## 200 faults against checkpoints of two ranks, and against plain torch.distributed.checkpoint
+	$(BIN)/python -W ignore -m tools.checkpoint_faults --out tools/bench/results/checkpoint_faults.json
+
 .PHONY: golden
 golden: $(VENV)/.stamp-base ## rewrite tests/golden/configs after a deliberate change of a configuration
 	$(BIN)/python tools/golden_configs.py
@@ -113,4 +117,4 @@ clean: ## remove caches and the environment; runs/ and data/ stay
 
 .PHONY: help
 help: ## this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-18s %s\n' "$$name" "$$text"; done

@@ -1,5 +1,6 @@
 """Parallel layouts for tests: what an engine computed under any of them as whole tensors, and the same by a plain single-process loop."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -137,4 +138,6 @@ def train_all(launch: Launch, configs: Sequence[RunConfig], *, steps: int) -> li
             results.append(train_on_engine(own, config, steps=steps))
         except Exception as error:
             results.append(f"rank {launch.rank}: {type(error).__name__}: {error}")
+        # The groups of a case are in cycles with its model; each has threads that would slow down the cases that follow.
+        gc.collect()
     return results

@@ -238,5 +238,5 @@ def test_a_failed_collective_names_the_rank():
 
 
 def test_a_global_batch_that_cannot_be_divided_is_refused():
-    with pytest.raises(ConfigError, match=r"train\.global_batch_size = 4 is not a multiple of 3"):
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size = 4 is not a multiple of 6 = 3"):
         start(config_of("fast"), launch=Launch(rank=0, world_size=3))

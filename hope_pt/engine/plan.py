@@ -7,6 +7,7 @@ the rest of the engine needs is in the frozen `Plan`: ranks, device, dtype and a
 
 import datetime
 import logging
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,7 @@ def start(config: RunConfig, *, launch: Launch | None = None) -> Plan:
     _check_not_started(launch)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
+    _ignore_warnings(device)
     if device.type == "cpu":
         cpu.redirect()
     _join(config, device, launch)
@@ -148,6 +150,13 @@ def _device(config: RunConfig, *, local_rank: int) -> torch.device:
     if cpu.is_redirected():
         raise ParallelError("this process has already run an engine on the CPU, which lasts; start a new process for the GPU")
     return torch.device("cuda", local_rank)
+
+
+def _ignore_warnings(device: torch.device) -> None:
+    """Hides what a user can do nothing about: names that megatron still uses and torch has replaced, and advice for GPUs on a CPU."""
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
+    if device.type == "cpu":
+        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
 
 
 def _join(config: RunConfig, device: torch.device, launch: Launch) -> None:

@@ -93,22 +93,23 @@ class EngineState:
         self.optimizer.restore({name: self._cut(name, entry) for name, entry in stored.items()}, num_calls=scalars["clock"])
 
     def gather(self, shards: Iterable[Shard]) -> dict[str, Tensor]:
-        """Whole tensors on every rank, from the shards of all ranks; for tests, and models that fit one process."""
-        own = [(shard.name, shard.index, shard.axis, shard.data.cpu()) for shard in shards]
-        everyone: list[list[tuple[str, int, int | None, Tensor]]] = [own] * self.plan.world_size
-        if self.plan.world_size > 1:
-            dist.all_gather_object(everyone, own)
-        parts: dict[str, dict[int, Tensor]] = {}
-        axes: dict[str, int | None] = {}
-        for name, index, axis, data in (item for items in everyone for item in items):
-            parts.setdefault(name, {})[index] = data
-            axes[name] = axis
-        joined = {}
-        for name, by_index in parts.items():
-            ordered = [by_index[index] for index in sorted(by_index)]
-            axis = axes[name]
-            joined[name] = ordered[0] if axis is None else torch.cat(ordered, axis)
-        return joined
+        """Whole tensors on the CPU of every rank, from the shards of all ranks."""
+        own = {shard.name: shard for shard in shards}
+        if self.plan.world_size == 1:
+            return {name: shard.data.cpu() for name, shard in own.items()}
+        listed: list[dict[str, tuple[int, ...]]] = [{}] * self.plan.world_size
+        dist.all_gather_object(listed, {name: shard.full_shape for name, shard in own.items()})
+        shapes = {name: shape for found in listed for name, shape in found.items()}
+        whole = {}
+        for name in sorted(shapes):
+            # One tensor at a time on the device, filled by the ranks that hold a part of it.
+            data = torch.zeros(shapes[name], device=self.plan.device)
+            if name in own:
+                shard = own[name]
+                slice_of(data, axis=shard.axis, index=shard.index, count=shard.count).copy_(shard.data)
+            dist.all_reduce(data)
+            whole[name] = data.cpu()
+        return whole
 
     def reader(self, tensors: Mapping[str, Tensor]) -> Read:
         """A `read` for `load` that takes its shards from whole tensors. CheckpointError if they are not those of this model."""

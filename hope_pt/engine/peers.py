@@ -173,10 +173,10 @@ class Watch:
             with contextlib.suppress(OSError):
                 link = _Link(socket.create_connection((host, address["port"]), timeout=5.0))
                 link.send(hello=self._launch.rank, token=address["token"], host=socket.gethostname(), home=_home(), pid=os.getpid())
-                for message in link.receive(timeout_s=5.0):
-                    if "welcome" in message:
-                        self._hub_host, self._hub_home, self._hub_pid = message["welcome"]
-                        return link
+                first, *link.unread = link.receive(timeout_s=5.0) or [{}]
+                if "welcome" in first:
+                    self._hub_host, self._hub_home, self._hub_pid = first["welcome"]
+                    return link
                 link.close()
         time.sleep(0.2)
         return None
@@ -349,6 +349,7 @@ class _Link:
     def __init__(self, connection: socket.socket):
         connection.settimeout(5.0)
         self._socket, self._lock, self._rest = connection, threading.Lock(), b""
+        self.unread: list[dict[str, Any]] = []
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -359,6 +360,9 @@ class _Link:
 
     def receive(self, *, timeout_s: float) -> list[dict[str, Any]]:
         """The messages that have arrived, none after `timeout_s`; ConnectionError when the other side is gone."""
+        if self.unread:
+            unread, self.unread = self.unread, []
+            return unread
         if not select.select([self._socket], [], [], timeout_s)[0]:
             return []
         data = self._socket.recv(1 << 16)

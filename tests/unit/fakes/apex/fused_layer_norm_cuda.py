@@ -1,0 +1,1 @@
+"""Part of apex's build; only its presence is looked at."""

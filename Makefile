@@ -103,6 +103,10 @@ stability: $(VENV)/.stamp-base data ## both chunk presets, three seeds, peak lea
 kill-trials: $(VENV)/.stamp-base data ## kill -9 the trainer at random moments; the resumed losses must be bit-identical
 	$(BIN)/python -m tools.kill_trials
 
+.PHONY: failure-trials
+failure-trials: $(VENV)/.stamp-base ## kill, stop or break one rank of real jobs in every phase; all must end within 30 s and name it
+	$(BIN)/python -W ignore -m tools.failure_trials --out tools/bench/results/failure_trials.json
+
 .PHONY: checkpoint-faults
 checkpoint-faults: $(VENV)/.stamp-base ## 200 faults against checkpoints of two ranks, and against plain torch.distributed.checkpoint
 	$(BIN)/python -W ignore -m tools.checkpoint_faults --out tools/bench/results/checkpoint_faults.json

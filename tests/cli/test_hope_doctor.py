@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -17,11 +17,11 @@ from hope_pt.launch import doctor
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """The command as a person runs it, in a process of its own."""
-    began = time.monotonic()
+    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     command = [sys.executable, "-m", "hope_pt", "doctor", "--json", "--out", str(tmp_path_factory.mktemp("doctor") / "new/runs")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    return {**json.loads(done.stdout), "seconds": time.monotonic() - began, "stderr": done.stderr}
+    return {**json.loads(done.stdout), "seconds": resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began}
 
 
 def test_it_says_what_is_here(report):
@@ -109,6 +109,6 @@ def test_what_is_wrong_is_said(machine, task, text):
     assert not verdict.works and text in verdict.text
 
 
-def test_it_takes_seconds(report):
-    # 1.3 CPU seconds; the rest is a busy machine.
-    assert report["seconds"] < 30.0
+def test_it_takes_few_seconds_of_a_core(report):
+    # Of a core, because other tests run beside it: 1.3 here.
+    assert report["seconds"] < 8.0

@@ -32,6 +32,7 @@ class Linear(nn.Module):
         super().__init__()
         assert tp_size == 1 and not bias and not return_bias and parallel_mode in ("column", "row")
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
+        self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, int(parallel_mode == "row"), 1
         # As the real one: an empty tensor that is no parameter.
         self.bias = torch.empty(0, dtype=params_dtype, device=device)
         init_method(self.weight)

@@ -191,3 +191,17 @@ def test_parameters_without_a_gradient_do_not_stop_an_overlapped_reduction():
     for control, config, run in zip(CONTROLS, configs, ranks[0], strict=True):
         assert not isinstance(run, str), f"{control}: {run}"
         assert run.losses == pytest.approx(train_on_engine(Launch(), config, steps=3).losses, rel=1e-5), control
+
+
+def losses_after_a_step(launch, config):
+    with running(config, launch=launch) as trainer:
+        advance(trainer, [0])
+        held = batch_at(config, 9)
+        return trainer.token_losses(held), trainer.to_lm().token_losses(held.tokens_BT, held.targets_BT, doc_start_BT=held.doc_start_BT)
+
+
+def test_losses_between_steps_are_those_of_the_updated_weights():
+    """With overlap the new weights are gathered by the next forward pass, whichever that is."""
+    config = with_engine(tiny_run(), distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
+    for losses, reference in run_distributed(losses_after_a_step, world_size=2, timeout_s=75, args=(config,)):
+        assert difference({"losses": losses}, {"losses": reference.detach()}) <= LAYOUT

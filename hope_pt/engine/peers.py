@@ -210,11 +210,13 @@ class Watch:
             self._hub.told.wait(self._join_s)
         self._verdict = verdict
         self._settled.set()
+        deadline = time.monotonic() + self._limits.unwind_s
         if verdict.pid and verdict.home == _home() and verdict.rank != self._launch.rank:
-            # A stopped process cannot end itself. Its connection is open, so its number is still its own.
+            # A stopped process cannot end itself. Its connection is open, so its number is still its own. First the others notice too.
+            time.sleep(2 * self._limits.beat_s)
             with contextlib.suppress(OSError):
                 os.kill(verdict.pid, signal.SIGKILL)
-        time.sleep(self._limits.unwind_s)
+        time.sleep(max(0.0, deadline - time.monotonic()))
         # Not sys.stderr: the main thread may be stuck with its lock.
         with contextlib.suppress(OSError):
             os.write(2, (self._own_failure or f"hope: {verdict.text}\n").encode())
@@ -408,7 +410,7 @@ class _Position:
 def _innermost(frame: Any) -> str:
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if module.startswith("hope_pt."):
+        if module.startswith("hope_pt.") and module != __name__:
             return f"{module.removeprefix('hope_pt.')}.{frame.f_code.co_qualname}, line {frame.f_lineno}"
         frame = frame.f_back
     return "the start"

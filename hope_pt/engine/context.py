@@ -6,8 +6,8 @@ Two ways, each a `Parts.run_core` (hope_pt.nn.parts):
   runs unchanged on its share; its parameters are held whole, so every rank's gradient is that of its own heads and the data-parallel sum
   completes it. Communication: two all-to-alls forward, two backward, of the projections and the outputs.
 * `by_state`: rank r reads its shard from the state that rank r - 1 ends with, and hands its own on; backward passes the gradient of the
-  state the other way, so the gradient over the whole sequence is exact. Nothing but states travels, but the scans of a layer run one rank
-  after the other.
+  state the other way, so the gradient over the whole sequence is exact. Nothing but states travels, but the scans of a row run one rank
+  after the other; the rows of a micro-batch follow each other in waves, so that of W waves C - 1 are waited for and not (C - 1) W.
 
 Legend: B batch, T tokens of a shard, C ranks of the group, H heads, P features of one head.
 """
@@ -72,13 +72,21 @@ def by_state(
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, None]:
     """(y [B, T, H * K] of this shard, None). layout: of the shard, continued from the tokens before it."""
-    batch, length = projected_BTP.shape[:2]
+    waves = projected_BTP.split(-(-len(projected_BTP) // group.size()))
+    layouts = layout.split(len(waves[0]))
+    return torch.cat([_wave(core, x, layout=part, group=group) for x, part in zip(waves, layouts, strict=True)]), None
+
+
+def _wave(core: nn.Module, x_BTP: Tensor, *, layout: Layout, group: dist.ProcessGroup) -> Tensor:
+    """Some rows of `by_state`. Backward comes to the waves of all ranks in the same order, the last one first."""
+    batch, length = x_BTP.shape[:2]
     rank, last = group.rank(), group.size() - 1
+    state = None
     if rank > 0:
-        like = core.init_state(batch, dtype=projected_BTP.dtype, device=projected_BTP.device, past=rank * length)
-        state = dict(zip(like, _Receive.apply(projected_BTP, group, *(t.detach() for t in like.values())), strict=True))
-    y, state = core(projected_BTP, state=state, layout=layout, keep_state=rank < last)
-    return (_Send.apply(y, group, *state.values()) if rank < last else y), None
+        like = core.init_state(batch, dtype=x_BTP.dtype, device=x_BTP.device, past=rank * length)
+        state = dict(zip(like, _Receive.apply(x_BTP, group, *(t.detach() for t in like.values())), strict=True))
+    y, state = core(x_BTP, state=state, layout=layout, keep_state=rank < last)
+    return _Send.apply(y, group, *state.values()) if rank < last else y
 
 
 class _Receive(torch.autograd.Function):

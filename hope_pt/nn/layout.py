@@ -6,6 +6,7 @@ every row's chunks line up; slots without a token are exact no-ops. Fresh full r
 Legend: B batch, T tokens of this call, G grid slots, N chunks, D documents of a row (0 is the continued one), W convolution width.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,12 @@ class Layout:
     reset_proj_BN: torch.Tensor
     commit_mem_BN: torch.Tensor
     reset_mem_BN: torch.Tensor
+
+    def split(self, size: int) -> list["Layout"]:
+        """The layouts of runs of `size` rows, the last one maybe shorter."""
+        fields = {name: value.split(size) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        count = len(self.mask_BT[::size])
+        return [dataclasses.replace(self, **{name: parts[index] for name, parts in fields.items()}) for index in range(count)]
 
     def to_grid(self, x_BTHX: torch.Tensor, open_BCHX: torch.Tensor | None) -> torch.Tensor:
         """Tokens [B, T, ...] and the open part of the state [B, chunk, ...] (None: nothing is open) -> grid slots [B, G, ...]."""

@@ -20,9 +20,11 @@ def step_per_parameter(fused: Any) -> Any:
     class Adam(fused):
         """`fused` with torch's interface."""
 
+        param_groups: list[dict[str, Any]]
+
         def step(self, closure: Any = None) -> None:
             """Updates the groups that have gradients; the others do not count this call."""
-            groups: list[dict[str, Any]] = self.param_groups
+            groups = self.param_groups
             self.param_groups = [group for group in groups if any(param.grad is not None for param in group["params"])]
             try:
                 super().step(closure)

@@ -79,7 +79,7 @@ def examine(runs: Path) -> Report:
     facts = {
         "machine": _machine(),
         "torch": torch_facts,
-        "gpus": {f"gpu {index}": gpu for index, gpu in enumerate(gpus)} or {"count": 0},
+        "gpus": {"count": len(gpus), **{f"gpu {index}": gpu for index, gpu in enumerate(gpus)}},
         "engine": engine,
         "packages": {name: _version(name) for name in _PACKAGES},
         "storage": storage,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hope_pt import checkpoint
+from hope_pt.checkpoint.manifest import describe, write_manifest
 from hope_pt.engine.sharding import Shard
 from hope_pt.errors import CheckpointError
 
@@ -52,9 +53,9 @@ def test_a_file_that_is_not_in_the_manifest_is_refused(root):
     """The reader takes names and places from the headers of all files, so one too many would be read."""
     newest = root / f"step-{NEW:08d}"
     shard = next((root / f"step-{OLD:08d}").glob("*.safetensors"))
-    shutil.copyfile(shard, newest / "shard-00002-model-00001-of-00001.safetensors")
+    shutil.copyfile(shard, newest / "rank-00001.safetensors")
     assert checkpoint.load_newest(root).step == OLD
-    with pytest.raises(CheckpointError, match="shard-00002.* is not in the manifest"):
+    with pytest.raises(CheckpointError, match="rank-00001.safetensors is not in the manifest"):
         checkpoint.load(newest)
 
 
@@ -65,10 +66,8 @@ def test_a_pickle_is_never_opened(root, tmp_path):
     evil = f"cos\nsystem\n(S'touch {tmp_path / 'executed'}'\ntR."
     shard.write_text(evil)
     (newest / ".metadata").write_text(evil)
-    from hope_pt.checkpoint.manifest import describe, write_manifest
-
-    names = sorted(path.name for path in newest.iterdir() if path.name != "manifest.json")
-    write_manifest(newest, step=NEW, layout="", files=describe(newest, names=names))
+    files = {path.name: describe(path) for path in newest.iterdir() if path.name != "manifest.json"}
+    write_manifest(newest, step=NEW, layout="", files=files)
     found = checkpoint.load_newest(root)
     assert found.step == NEW
     with pytest.raises(CheckpointError, match="step-00000500: cannot be read"):

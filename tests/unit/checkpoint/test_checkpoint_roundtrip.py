@@ -13,7 +13,7 @@ from hope_pt.checkpoint.manifest import _render
 from hope_pt.engine.sharding import Shard
 from hope_pt.errors import CheckpointError
 
-SHARD_FILE = "shard-00001-model-00001-of-00001.safetensors"
+SHARD_FILE = "rank-00000.safetensors"
 
 
 def tensors_of(step: int) -> dict[str, torch.Tensor]:

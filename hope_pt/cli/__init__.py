@@ -1,4 +1,4 @@
-"""The `hope` command: `train`, `eval`, `generate`, `report`, `summary`, `doctor`, `config`.
+"""The `hope` command: `train`, `eval`, `generate`, `report`, `summary`, `estimate`, `doctor`, `config`.
 
 This file parses arguments and turns exceptions into exit codes; each command is a module that is imported when it runs, so that
 `hope --help` answers at once. Exit codes: 0 done; 2 the user's error, one line on standard error; 1 our bug, with its traceback;
@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a configuration, or continue the run of that name")
     train.add_argument("config", metavar="CONFIG", help="TOML file")
     train.add_argument("overrides", metavar="key=value", nargs="*", help="for example optim.lr=3e-4 name=try2")
+    train.add_argument("--dry-run", action="store_true", help="build the layout and the model without data, GPUs or a run directory")
+    train.add_argument("--world-size", type=int, metavar="N", help="processes of the job that --dry-run builds (default 1)")
     train.set_defaults(module="train")
 
     evaluate = commands.add_parser("eval", help="evaluate the newest checkpoint of a run on its held-out data")
@@ -67,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(module="evaluate")
 
     _add_generate(commands)
+    _add_estimate(commands)
 
     report = commands.add_parser("report", help="write RUN/report.html: curves, evaluations, memory heat maps, samples")
     report.add_argument("run", metavar="RUN", help="run directory")
@@ -112,3 +115,15 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     generate.add_argument("--save-memory", metavar="FILE", help="write the model's memory after the last token here")
     generate.add_argument("--load-memory", metavar="FILE", help="begin with the memory that --save-memory wrote")
     generate.set_defaults(module="generate")
+
+
+def _add_estimate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    estimate = commands.add_parser("estimate", help="parameters, bytes per rank, communication and step time of a layout; layouts that fit")
+    estimate.add_argument("config", metavar="CONFIG", help="TOML file")
+    estimate.add_argument("overrides", metavar="key=value", nargs="*", help="for example engine.tensor_parallel=2")
+    estimate.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of the job (default 8)")
+    estimate.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100 (default), h200 or b200")
+    estimate.add_argument("--documents", type=int, default=1, metavar="N", help="documents in a row of data (default 1)")
+    estimate.add_argument("--search", action="store_true", help="also list the layouts that fit, fastest first")
+    estimate.add_argument("--json", action="store_true", help="for programs")
+    estimate.set_defaults(module="estimate")

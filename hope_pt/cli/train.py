@@ -1,14 +1,18 @@
-"""`hope train CONFIG [key=value ...]`."""
+"""`hope train CONFIG [key=value ...]`, and with `--dry-run --world-size N` the same job without running it."""
 
 import argparse
 
 from hope_pt import config
 from hope_pt.cli.launcher import launch_from_environment
 from hope_pt.engine.peers import Watch
+from hope_pt.errors import ConfigError
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains to the last step, or continues to it, and says where the results lie."""
+    if arguments.dry_run or arguments.world_size is not None:
+        _rehearse(arguments)
+        return
     launch = launch_from_environment()
     with Watch(launch) as watch:
         settings = config.load(arguments.config, arguments.overrides)
@@ -18,3 +22,28 @@ def run(arguments: argparse.Namespace) -> None:
         result = train.run(settings, launch=launch, watch=watch)
     if launch.rank == 0:
         print(f"{result.path}: {result.steps} steps; next: hope report {result.path}")
+
+
+def _rehearse(arguments: argparse.Namespace) -> None:
+    """Prints the layout and what its ranks hold."""
+    if not arguments.dry_run:
+        raise ConfigError(f"--world-size {arguments.world_size} goes with --dry-run; a real job gets its size from torchrun or srun")
+    world_size = 1 if arguments.world_size is None else arguments.world_size
+    if world_size < 1:
+        raise ConfigError(f"--world-size {world_size}: expected 1 or more")
+    settings = config.load(arguments.config, arguments.overrides)
+    from rich.console import Console
+
+    from hope_pt.cli.tables import size, table
+    from hope_pt.launch.dry_run import dry_run
+    from hope_pt.launch.memory import rank_bytes
+
+    mesh, ranks = dry_run(settings, world_size=world_size)
+    degrees = f"tensor {mesh.tensor}, context {mesh.context}, data {mesh.data}, pipeline {mesh.pipeline} x {mesh.virtual}"
+    rows = []
+    for one in ranks:
+        peak = rank_bytes(settings, mesh, stage=one.stage).total
+        rows.append((f"{one.rank} (stage {one.stage})", f"{one.blocks}", f"{one.parameters:,}", size(one.weight_bytes), size(peak)))
+    columns = ("rank", "blocks", "parameters", "weights", "peak of a step")
+    Console().print(table(f"{settings.name} on {world_size} processes: {degrees}", *columns, rows=rows))
+    print(f"micro-batches a step: {mesh.num_microbatches}; tokens of a sequence on a rank: {mesh.tokens_per_rank}; nothing was run")

@@ -8,6 +8,7 @@ of theirs it repeats.
 Legend: B rows of a micro-batch, T tokens a rank holds of the residual stream, D width, V vocabulary of this rank.
 """
 
+import contextlib
 import dataclasses
 import functools
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ class Share:
         return self.tokens // self.context // (self.tensor if self.sequence_parallel else 1)
 
 
+@functools.cache
 def block(model: ModelConfig, share: Share) -> Passing:
     """One HopeBlock on this rank. The second of two blocks in a row is measured: its input is the first one's output."""
     parts = _parts(model.num_heads // share.tensor, share, bytes_of=core(model, share))
@@ -98,6 +100,7 @@ def block(model: ModelConfig, share: Share) -> Passing:
         return _finish(counter, x, before=before)
 
 
+@functools.cache
 def head(model: ModelConfig, share: Share) -> Passing:
     """Final norm, logits, loss. Its backward pass ends with the gradient of its weight, which a tied embedding holds to the end."""
     with META:
@@ -137,7 +140,7 @@ def _traced_core(model: ModelConfig, share: Share, heads: int) -> Passing:
         traced = CORES[model.mixer](model, num_heads=heads)
     _drop_gradients(traced.parameters())
     state, layout = None, _layout(model, share)
-    with AllocationCounter(traced.parameters()) as counter, _FusedAttention():
+    with AllocationCounter(traced.parameters()) as counter, _FusedAttention() if model.mixer == "attention" else contextlib.nullcontext():
         if share.continues:
             like = traced.init_state(share.rows, dtype=share.dtype, device=META, past=share.core_tokens)
             state = {name: _input(*t.shape, dtype=t.dtype) if t.is_floating_point() else t for name, t in like.items()}
@@ -149,10 +152,10 @@ def _traced_core(model: ModelConfig, share: Share, heads: int) -> Passing:
 
 
 def core(model: ModelConfig, share: Share) -> Passing:
-    """The core of a mixer on this rank, scaled from two rows and heads: one alone takes views where more are copied."""
+    """The core of a mixer on this rank, scaled from two heads and at most two rows: one row alone takes views where two are copied."""
     heads = model.num_heads // share.tensor
     divided = heads if share.by_state else heads // share.context
-    rows, few = min(share.rows, 2), min(divided, 2)
+    rows, few = min(share.rows, 2), 2
     small = dataclasses.replace(share, rows=rows, tensor=1, sequence_parallel=False)
     if not share.by_state:
         small = dataclasses.replace(small, context=1)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class AllocationCounter(TorchDispatchMode):
@@ -55,5 +54,12 @@ class AllocationCounter(TorchDispatchMode):
         self.live -= size
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in ((tree,) if isinstance(tree, torch.Tensor) else tree_leaves(tree)) if isinstance(leaf, torch.Tensor)]
+def _tensors(values: Any) -> list[torch.Tensor]:
+    """The tensors among the arguments or results of an operation; they lie in lists at most one level deep."""
+    found = []
+    for value in values if isinstance(values, tuple | list) else (values,):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += [inner for inner in value if isinstance(inner, torch.Tensor)]
+    return found

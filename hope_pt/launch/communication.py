@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from hope_pt.config.schema import RunConfig
 from hope_pt.engine.mesh import Mesh
 from hope_pt.launch.activations import META, Share
-from hope_pt.launch.memory import core_heads, share_of
+from hope_pt.launch.memory import core_heads, mixer_core, share_of
 from hope_pt.launch.weights import FP32, held
-from hope_pt.nn.mixer import CORES
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ def context_parallel(config: RunConfig, mesh: Mesh, share: Share, *, stage: int)
         return 0.0
     forwards = 2 if config.engine.recompute == "block" else 1
     heads = model.num_heads // mesh.tensor
-    with META:
-        core = CORES[model.mixer](model, num_heads=core_heads(config, share))
+    core = mixer_core(model, core_heads(config, share))
     if not share.by_state:
         features = heads * (core.features_per_head + core.head_width)
         passed = share.rows * mesh.tokens_per_rank * features * share.dtype.itemsize * (n - 1) / n
@@ -97,7 +95,7 @@ def context_parallel(config: RunConfig, mesh: Mesh, share: Share, *, stage: int)
 
 
 def pipeline_parallel(config: RunConfig, mesh: Mesh, share: Share, *, stage: int) -> float:
-    """m S' for every boundary of a piece, forward and backward: S' = S / tensor with sequence parallelism, else S."""
+    """One message for every micro-batch and boundary of a piece, forward and backward: S / tensor with sequence parallelism, else S."""
     if mesh.pipeline == 1:
         return 0.0
     forward = mesh.virtual - (stage == mesh.pipeline - 1)
@@ -114,8 +112,10 @@ def tied_embedding(config: RunConfig, mesh: Mesh, *, stage: int) -> float:
 
 
 def data_parallel(config: RunConfig, mesh: Mesh, *, stage: int) -> tuple[float, float]:
-    """(gradients, parameters), n = data * context ranks: fp32 gradients all-reduced, 2 (n - 1) / n; or with the distributed optimizer
-    reduce-scattered, (n - 1) / n, and the weights gathered, (n - 1) / n.
+    """(gradients, parameters) over n = data * context ranks.
+
+    fp32 gradients are all-reduced, 2 (n - 1) / n; with the distributed optimizer reduce-scattered, (n - 1) / n, and the weights gathered,
+    (n - 1) / n. megatron's padding of its buffers is left out.
     """
     n = mesh.data * mesh.context
     parameters = held(config, mesh, stage=stage)

@@ -6,17 +6,19 @@ The highest moment is that of a block's backward pass, or on the last stage of t
 alone, and has the inside of one block alive while it runs backward.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
-from hope_pt.config.schema import RunConfig
+from hope_pt.config.schema import ModelConfig, RunConfig
 from hope_pt.engine.mesh import Mesh
 from hope_pt.launch import activations
 from hope_pt.launch.activations import META, Share
 from hope_pt.launch.weights import FP32, WeightBytes, weight_bytes
+from hope_pt.nn.attention import AttentionCore
 from hope_pt.nn.mixer import CORES
-from hope_pt.nn.titans import adaptive_streams, memory_rule
+from hope_pt.nn.titans import TitansCore, adaptive_streams, memory_rule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -101,8 +103,7 @@ def boundary_bytes(config: RunConfig, share: Share) -> int:
 
 def state_bytes(config: RunConfig, share: Share, *, past: int) -> int:
     """The state of one block's mixer that a rank holds or hands on for one micro-batch, after `past` tokens."""
-    with META:
-        core = CORES[config.model.mixer](config.model, num_heads=core_heads(config, share))
+    core = mixer_core(config.model, core_heads(config, share))
     return sum(t.nbytes for t in core.init_state(share.rows, dtype=share.dtype, device=META, past=past).values())
 
 
@@ -125,3 +126,10 @@ def _buffers(config: RunConfig, mesh: Mesh, share: Share, stage: int) -> int:
     gathered = share.rows * mesh.tokens_per_rank * config.model.width * share.dtype.itemsize if mesh.sequence_parallel else 0
     carried = mesh.stage_layers[stage] * state_bytes(config, share, past=config.data.seq_len) if share.carried else 0
     return gathered + carried
+
+
+@functools.cache
+def mixer_core(model: ModelConfig, heads: int) -> TitansCore | AttentionCore:
+    """The core of a mixer with `heads` heads, on the meta device."""
+    with META:
+        return CORES[model.mixer](model, num_heads=heads)

@@ -1,7 +1,6 @@
 """Which parameters a rank holds, and what it keeps for each: weights, gradients, masters, moments, accumulated gradients."""
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hope_pt.config.schema import ModelConfig, RunConfig
@@ -56,31 +55,25 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def held(config: RunConfig, mesh: Mesh, *, stage: int) -> list[Held]:
     """The parameters on a rank of pipeline stage `stage`; a tied embedding is on the first and on the last."""
-    bf16 = config.engine.precision == "bf16"
+    return _held(config.model, config.engine.precision, mesh, stage)
+
+
+@functools.cache
+def _held(model: ModelConfig, precision: str, mesh: Mesh, stage: int) -> list[Held]:
+    blocks = {f"blocks.{index}." for piece in range(mesh.virtual) for index in mesh.layers(stage, piece)}
+    first, last = stage == 0, stage == mesh.pipeline - 1
     found = []
-    for name, (numel, dims) in _shapes(config.model).items():
-        if stage in _stages(name, config=config, mesh=mesh):
-            divided = shard_axis(name) is not None
+    for name, (numel, dims) in _shapes(model).items():
+        if name == "embedding.weight":
+            here = first or (last and model.tie_embeddings)
+        else:
+            here = name[: name.index(".", 7) + 1] in blocks if name.startswith("blocks.") else last
+        if here:
             matrix = dims == 2 and ".core." not in name
-            period = rule_of(name, ndim=dims, config=config.model).period
-            found.append(Held(name, numel // (mesh.tensor if divided else 1), 2 if bf16 and matrix else FP32, period))
+            ranks = 1 if shard_axis(name) is None else mesh.tensor
+            period = rule_of(name, ndim=dims, config=model).period
+            found.append(Held(name, numel // ranks, 2 if precision == "bf16" and matrix else FP32, period))
     return found
-
-
-def _stages(name: str, *, config: RunConfig, mesh: Mesh) -> set[int]:
-    last = mesh.pipeline - 1
-    if name == "embedding.weight":
-        return {0, last} if config.model.tie_embeddings else {0}
-    if not name.startswith("blocks."):
-        return {last}
-    block = int(name.split(".")[1])
-    return set(_stages_of_block(mesh, block))
-
-
-def _stages_of_block(mesh: Mesh, block: int) -> Iterator[int]:
-    for stage in range(mesh.pipeline):
-        if any(block in mesh.layers(stage, piece) for piece in range(mesh.virtual)):
-            yield stage
 
 
 def weight_bytes(config: RunConfig, mesh: Mesh, *, stage: int) -> WeightBytes:

@@ -45,7 +45,8 @@ def flops_per_token(config: ModelConfig, *, seq_len: int) -> dict[str, float]:
     longer than titans.save_every runs twice), "solves" (triangular solves of all passes) and "training", the sum of these four.
     """
     layers, levels = config.num_layers, len(config.cms.periods)
-    core = CORES[config.mixer](config, num_heads=config.num_heads)
+    with torch.device("meta"):
+        core = CORES[config.mixer](config, num_heads=config.num_heads)
     projections = flops.linear(config.width, config.num_heads * core.features_per_head) + flops.linear(config.width, config.width)
     work = {
         "projections": projections.times(layers),

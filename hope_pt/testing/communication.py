@@ -32,7 +32,13 @@ _SHARE: dict[str, Callable[[int, int], float]] = {
     "barrier": lambda size, n: 0,
 }
 """Operator -> bytes sent, of the bytes of its input and the number of ranks."""
-_INPUT_SECOND = ("_allgather_base_", "allgather_into_tensor_coalesced_", "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "alltoall_base_")  # fmt: skip
+_INPUT_SECOND = {
+    "_allgather_base_",
+    "allgather_into_tensor_coalesced_",
+    "_reduce_scatter_base_",
+    "reduce_scatter_tensor_coalesced_",
+    "alltoall_base_",
+}
 """Operators whose first tensors are their outputs."""
 
 

@@ -1,0 +1,148 @@
+"""Seconds of a training step by a roofline: an estimate to rank layouts by, not a measurement. Nothing of it has been timed on a GPU.
+
+A pass of one micro-batch through one pipeline stage takes
+
+    blocks * (dense FLOPs / reached bf16 rate + core) + head + bytes sent on the tensor and context axes / link rate + messages
+
+    core = max(fp32 FLOPs / reached fp32 rate, bytes read and written / reached memory rate, kernels * seconds a kernel)
+
+where the core is what `activations.core` traced: the chunked scans run in fp32, kernel by kernel. The step takes
+(m + (p - 1) / v) passes of the slowest stage (m micro-batches, p stages, v pieces a stage: the bubble), plus what of the gradient
+reduction and the parameter gather is not hidden behind one backward and one forward pass, plus the optimizer's memory traffic. With
+context_mode = "state" the cores of a layer run one rank after the other.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from hope_pt.config.schema import ModelConfig, RunConfig
+from hope_pt.engine.mesh import Mesh
+from hope_pt.launch import activations
+from hope_pt.launch.communication import sent
+from hope_pt.launch.gpus import GPU
+from hope_pt.launch.memory import share_of
+from hope_pt.launch.weights import weight_bytes
+from hope_pt.nn import flops_per_token
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Shares of the data sheet's figures that are reached, and seconds that one kernel of eager PyTorch costs its CPU."""
+
+    products: float = 0.5
+    attention: float = 0.35
+    fp32_products: float = 0.5
+    memory: float = 0.7
+    links: float = 0.75
+    kernel_s: float = 6e-6
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step and what they are made of.
+
+    communication: on the tensor, context and pipeline axes. exposed: on the data axis. model_flops_share: FLOPs of forward and backward
+    pass, replay and recomputation left out, over what the GPUs could do in bf16.
+    """
+
+    total: float
+    compute: float
+    communication: float
+    bubble: float
+    exposed: float
+    optimizer: float
+    tokens_per_s: float
+    model_flops_share: float
+
+
+ASSUMED = Assumptions()
+
+
+def step_time(config: RunConfig, mesh: Mesh, gpu: GPU, *, assumed: Assumptions = ASSUMED) -> StepTime:
+    """The step on `mesh` of `gpu`s."""
+    stages = sorted({0, mesh.pipeline // 2, mesh.pipeline - 1})
+    passes = [_pass_s(config, mesh, gpu, assumed, stage=stage) for stage in stages]
+    compute, communication = max(passes, key=sum)
+    micro = mesh.num_microbatches
+    bubble = (mesh.pipeline - 1) / mesh.virtual * (compute + communication)
+    exposed = _exposed_s(config, mesh, gpu, assumed, one_pass=compute)
+    weights = weight_bytes(config, mesh, stage=0)
+    optimizer = (2 * (weights.optimizer + weights.accumulated) + weights.gradients + weights.weights) / (gpu.bandwidth * assumed.memory)
+    total = micro * (compute + communication) + bubble + exposed + optimizer
+    tokens = config.train.global_batch_size * config.data.seq_len
+    flops = _flops(config.model, mesh.tokens_per_rank * mesh.context)
+    useful = flops["forward"] + flops["backward"]
+    return StepTime(
+        total=total,
+        compute=micro * compute,
+        communication=micro * communication,
+        bubble=bubble,
+        exposed=exposed,
+        optimizer=optimizer,
+        tokens_per_s=tokens / total,
+        model_flops_share=useful * tokens / total / mesh.world_size / gpu.bf16,
+    )
+
+
+@functools.cache
+def _flops(model: ModelConfig, tokens: int) -> dict[str, float]:
+    return flops_per_token(model, seq_len=tokens)
+
+
+def bubble_fraction(mesh: Mesh) -> float:
+    """Share of a step in which a pipeline stage waits: (p - 1) / (v m + p - 1)."""
+    return (mesh.pipeline - 1) / (mesh.virtual * mesh.num_microbatches + mesh.pipeline - 1)
+
+
+def _pass_s(config: RunConfig, mesh: Mesh, gpu: GPU, assumed: Assumptions, *, stage: int) -> tuple[float, float]:
+    """(compute, communication) seconds of one micro-batch, forward and backward, on a rank of `stage`."""
+    share = share_of(config, mesh)
+    tokens = share.rows * mesh.tokens_per_rank / mesh.tensor
+    flops = _flops(config.model, share.core_tokens)
+    layers = config.model.num_layers
+    bf16 = gpu.bf16 if config.engine.precision == "bf16" else gpu.fp32
+    again = 4 if config.engine.recompute == "block" else 3
+    block = again * (flops["projections"] + flops["cms"]) / layers * tokens / (bf16 * assumed.products)
+    block += again * flops.get("attention", 0.0) / layers * tokens / (bf16 * assumed.attention)
+    if config.model.mixer == "titans":
+        block += _core_s(config, share, gpu, assumed, flops=flops) * (4 / 3 if again == 4 else 1)
+    head = 3 * flops["head"] * tokens / (bf16 * assumed.products) if stage == mesh.pipeline - 1 else 0.0
+    found, micro = sent(config, mesh, stage=stage), mesh.num_microbatches
+    links = [
+        (found.tensor, mesh.tensor),
+        (found.context, mesh.tensor * mesh.context),
+        (found.pipeline, mesh.world_size),
+    ]
+    seconds = sum(size / micro / (_link(gpu, span) * assumed.links) for size, span in links)
+    return mesh.stage_layers[stage] * block + head, seconds
+
+
+def _core_s(config: RunConfig, share: activations.Share, gpu: GPU, assumed: Assumptions, *, flops: dict[str, float]) -> float:
+    """Forward and backward pass of a memory mixer's core, and of all ranks before and after it where they wait for each other."""
+    core = activations.core(config.model, share)
+    divided = share.tensor * (1 if share.by_state else share.context)
+    tokens = share.rows * share.core_tokens / divided
+    work = flops["memory"] + flops["replay"] + flops["solves"] + (flops["backward"] - 2 * (flops["forward"] - flops["memory"]))
+    seconds = max(
+        work / config.model.num_layers * tokens / (gpu.fp32 * assumed.fp32_products),
+        core.traffic / (gpu.bandwidth * assumed.memory),
+        core.kernels * assumed.kernel_s,
+    )
+    return seconds * (share.context if share.by_state else 1)
+
+
+def _exposed_s(config: RunConfig, mesh: Mesh, gpu: GPU, assumed: Assumptions, *, one_pass: float) -> float:
+    """Reduction and gather that wait for nothing: overlapped ones hide behind the last backward and the first forward pass."""
+    found = sent(config, mesh, stage=0)
+    rate = _link(gpu, mesh.tensor * mesh.context * mesh.data) * assumed.links
+    gradients, parameters = (found.gradients + found.embedding) / rate, found.parameters / rate
+    if config.engine.overlap_grad_reduce:
+        gradients = max(0.0, gradients - 2 / 3 * one_pass)
+    if config.engine.overlap_param_gather:
+        parameters = max(0.0, parameters - 1 / 3 * one_pass)
+    return gradients + parameters
+
+
+def _link(gpu: GPU, span: int) -> float:
+    """Bytes/s in one direction among `span` consecutive ranks: NVLink within a node, else the network."""
+    return gpu.nvlink if span <= gpu.per_node else gpu.network

@@ -180,7 +180,7 @@ def exchange(path: Path, *, old: Path, draw: random.Random) -> None:
 
 def foreign(path: Path, *, old: Path, draw: random.Random) -> None:
     """A file of the older step beside the others, under a name that was free."""
-    shutil.copyfile(old / path.name, path.with_name(f"shard-00009-{path.name.lstrip('.')}"))
+    shutil.copyfile(old / path.name, path.with_name(f"rank-00009{path.suffix}"))
 
 
 DAMAGE = (flip, truncate, append, zero, delete, from_old_step, exchange, foreign)

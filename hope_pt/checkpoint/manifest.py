@@ -6,7 +6,6 @@ foreign file, and a directory under another step's name are each an error that s
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from hope_pt.engine import collectives
@@ -36,13 +35,18 @@ def list_steps(root: Path) -> list[int]:
     return sorted(step for step in steps if step is not None)
 
 
-def describe(directory: Path, *, names: Iterable[str]) -> dict[str, dict]:
-    """What a manifest says of the named files: size and sha256 of the bytes that are read back."""
-    return {name: {"bytes": (directory / name).stat().st_size, "sha256": _sha256(directory / name)} for name in names}
+def entry(size: int, digest: str) -> dict:
+    """What a manifest says of a file of `size` bytes with the sha256 `digest`."""
+    return {"bytes": size, "sha256": digest}
+
+
+def describe(path: Path) -> dict:
+    """The entry of a file as it is read back."""
+    return entry(path.stat().st_size, _sha256(path))
 
 
 def write_manifest(directory: Path, *, step: int, layout: str, files: dict[str, dict]) -> None:
-    """Writes the manifest of a directory that has exactly `files`, as `describe` gives them; `layout` is a note for people."""
+    """Writes the manifest of a directory that has exactly `files`, by name as `entry` gives them; `layout` is a note for people."""
     write_text(directory / MANIFEST, text=_render({"format": FORMAT, "step": step, "layout": layout, "files": files}))
 
 

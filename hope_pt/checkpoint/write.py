@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 from hope_pt import engine
-from hope_pt.checkpoint.manifest import describe, directory_name, verify, write_manifest
+from hope_pt.checkpoint.manifest import describe, directory_name, entry, verify, write_manifest
 from hope_pt.checkpoint.retention import prune, set_aside
 from hope_pt.engine import collectives
 from hope_pt.engine.sharding import Shard
@@ -117,13 +117,13 @@ def _save(
                 temporary.mkdir()
         write = engine.prepare_write(shards, temporary)
         with _agreed(final):
-            yield lambda: files.update(describe(temporary, names=write()))
-        described = collectives.gather(files)
+            yield lambda: files.update({name: entry(size, digest) for name, (size, digest) in write().items()})
+        everyone = collectives.gather(files)
         with _agreed(final):
             if first:
                 write_text(temporary / META, text=text)
-                every = {name: entry for part in described for name, entry in part.items()}
-                write_manifest(temporary, step=step, layout=layout, files={**every, **describe(temporary, names=[META])})
+                every = {name: described for part in everyone for name, described in part.items()}
+                write_manifest(temporary, step=step, layout=layout, files={**every, META: describe(temporary / META)})
                 fsync(temporary)
                 _make_room(final)
                 rename(temporary, target=final)

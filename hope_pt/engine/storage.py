@@ -1,47 +1,43 @@
 """Sharded tensors to and from a shared disk, through megatron-core's dist_checkpointing: any layout writes, any layout reads.
 
-    write:  Shard -> ShardedTensor -> the parts of all ranks make whole tensors? -> save plan -> one safetensors file of this rank
+    write:  Shard -> ShardedTensor -> do the parts of all ranks make whole tensors? -> one file of this rank
     read:   headers of all files -> load plan: which stored parts meet which Shard -> Shard.data, in place
 
-ShardedTensor, the check of the sharding and both planners are megatron's; the files are torch.distributed.checkpoint's safetensors
+ShardedTensor, the check of the sharding and the load planner are megatron's; the files are torch.distributed.checkpoint's safetensors
 storage (engine.tensor_files) and not megatron's torch_dist format. That one keeps its index and its common values as pickles, which differ
 between the supported versions, and writes through a forked process and a manager process that outlive a killed trainer.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, MCoreSavePlanner, mcore_to_pyt_state_dict
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
 
 from hope_pt.engine import collectives
 from hope_pt.engine.sharding import Shard
-from hope_pt.engine.tensor_files import fill, read_metadata, stored_tensors
+from hope_pt.engine.tensor_files import Part, fill, read_metadata, stored_tensors, write_parts
 from hope_pt.errors import CheckpointError
 
 
-def prepare_write(shards: Sequence[Shard], directory: Path) -> Callable[[], list[str]]:
-    """Collective. The work that writes and fsyncs this rank's file in the existing `directory`, and returns the names of what it wrote.
+def prepare_write(shards: Sequence[Shard], directory: Path) -> Callable[[], dict[str, tuple[int, str]]]:
+    """Collective. The work that writes and fsyncs this rank's file in the existing `directory`; it returns {name: (bytes, sha256)}.
 
     That work is not collective and may run in a thread; the shards must not change before its end. Over all ranks every part of every
     tensor must be listed once; a rank may have none. The work raises OSError.
     """
-    entries = {shard.name: [_sharded(shard, data=_on_cpu(shard.data))] for shard in shards}
+    # A thread that writes must not touch a GPU: it would open a context on the first one.
+    entries = {shard.name: _sharded(shard, data=shard.data.detach().cpu()) for shard in shards}
     if len(entries) != len(shards):
         raise ValueError("one rank lists two parts of one tensor")
     with collectives.joined():
         validate_sharding_integrity(determine_global_metadata(entries)[1])
-        planner = MCoreSavePlanner(flatten_state_dict=False)
-        planner.set_up_planner(mcore_to_pyt_state_dict(entries), is_coordinator=collectives.rank() == 0)
-    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-    # The storage numbers files from 1. The files need no index, so no rank has to see the plans of the others.
-    plan = dataclasses.replace(planner.create_local_plan(), storage_data={"shard_index": collectives.rank() + 1})
-    return lambda: sorted({result.storage_data.relative_path for result in writer.write_data(plan, planner).wait()})
+    parts = [Part(name, entry.data, entry.global_offset) for name, entry in entries.items()]
+    path = directory / f"rank-{collectives.rank():05d}.safetensors"
+    return lambda: {path.name: write_parts(path, parts)} if parts else {}
 
 
 def read_shards(shards: Sequence[Shard], directory: Path) -> None:
@@ -65,11 +61,6 @@ def read_shards(shards: Sequence[Shard], directory: Path) -> None:
 def _sharded(shard: Shard, *, data: torch.Tensor) -> ShardedTensor:
     offsets = [] if shard.axis is None else [(shard.axis, shard.index, shard.count)]
     return ShardedTensor.from_rank_offsets(shard.name, data, *offsets)
-
-
-def _on_cpu(data: torch.Tensor) -> torch.Tensor:
-    """A thread that writes must not touch a GPU: it would open a context on the first one."""
-    return data.detach().cpu().contiguous()
 
 
 def _check(shards: Sequence[Shard], *, metadata: Metadata, directory: Path) -> None:

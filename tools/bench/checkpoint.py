@@ -3,7 +3,8 @@
 Each rank has half of every divided tensor, as under tensor parallelism. "blocked" is how long training stands still: all of a synchronous
 save, or of one in the background what happens before the thread starts and, once all threads are done, at the step boundaries. Beside it
 plain torch.distributed.checkpoint, which writes the same tensors without hashes, verification or commit. Files stay in the page cache, so
-the times of reading are those of hashing and copying; writing includes fsync. Medians of `--rounds` rounds.
+the times of reading are those of hashing and copying; writing includes fsync. Medians of `--rounds` rounds: seconds, and CPU seconds of the
+first rank with its threads, which do not depend on what else runs on the machine.
 
     python -m tools.bench.checkpoint [--rounds 3] [--out FILE]
 """
@@ -49,17 +50,17 @@ def shards_of(shapes: dict[str, list[int]], *, rank: int) -> list[Shard]:
 
 
 class Stopwatch:
-    """Seconds on the slowest rank, by name; one entry a call."""
+    """Seconds on the slowest rank and CPU seconds of this one, by name; one entry a call."""
 
     def __init__(self):
-        self.seconds: dict[str, list[float]] = {}
+        self.seconds: dict[str, list[tuple[float, float]]] = {}
 
     def __call__(self, name: str, work: Callable, *arguments: Any, **options: Any) -> Any:
         dist.barrier()
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         result = work(*arguments, **options)
         dist.barrier()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - began)
+        self.seconds.setdefault(name, []).append((time.perf_counter() - began, time.process_time() - cpu))
         return result
 
 
@@ -74,19 +75,16 @@ def measure(launch: Launch, root: Path, shapes: dict[str, list[int]], rounds: in
         watch("save in the background, until committed and verified", in_background, root / "ours", 2 * number + 1, arguments, watch)
         newest = watch("verify", checkpoint.load_newest, root / "ours")
         watch("read, same parts", newest.read, shards)
-        # The same bytes; names that differ by rank make them tensors of their own, which need no plan.
+        # Names that differ by rank: tensors of their own, with nothing to resolve.
         state = {f"{launch.rank}.{shard.name}": shard.data for shard in shards}
         watch("plain save", dcp.save, dict(state), checkpoint_id=root / "plain")
         watch("plain load", dcp.load, dict(state), checkpoint_id=root / "plain")
         if launch.rank == 0:
             shutil.rmtree(root / "plain")
-    if launch.rank == 0:
-        began = time.perf_counter()
-        newest.tensors(prefix="model.")
-        watch.seconds["weights whole, in one process"] = [time.perf_counter() - began]
-    dist.barrier()
+    watch("weights whole, in the first rank", newest.tensors if launch.rank == 0 else lambda prefix: None, prefix="model.")
     stored = sum(path.stat().st_size for path in newest.path.iterdir())
-    return {"bytes": stored, "seconds": {name: round(statistics.median(times), 2) for name, times in watch.seconds.items()}}
+    medians = {name: [round(statistics.median(column), 2) for column in zip(*times)] for name, times in watch.seconds.items()}
+    return {"bytes": stored, "seconds, cpu seconds": medians}
 
 
 def in_background(root: Path, step: int, arguments: dict[str, Any], watch: Stopwatch) -> None:
@@ -95,7 +93,8 @@ def in_background(root: Path, step: int, arguments: dict[str, Any], watch: Stopw
     boundaries = Stopwatch()
     while not boundaries("blocked", saving.advance, wait=False):
         time.sleep(0.05)
-    watch.seconds.setdefault("save in the background, blocked at step boundaries", []).append(sum(boundaries.seconds["blocked"]))
+    blocked = tuple(map(sum, zip(*boundaries.seconds["blocked"])))
+    watch.seconds.setdefault("save in the background, blocked at step boundaries", []).append((blocked[0], blocked[1]))
 
 
 def main() -> None:
@@ -110,8 +109,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hope-bench-") as directory:
         figures = run_distributed(measure, world_size=RANKS, timeout_s=1200, args=(Path(directory), shapes, options.rounds))[0]
     print(f"{MODEL}, {RANKS} ranks, {figures['bytes'] / 2**20:.0f} MiB")
-    for name, seconds in figures["seconds"].items():
-        print(f"  {name:54}{seconds:8.2f} s")
+    for name, (seconds, cpu) in figures["seconds, cpu seconds"].items():
+        print(f"  {name:54}{seconds:8.2f} s{cpu:8.2f} CPU s")
     if options.out:
         options.out.write_text(json.dumps({"environment": environment(), "model": MODEL, "ranks": RANKS, **figures}, indent=1) + "\n")
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hope_pt.nn.layout import build_layout, take
+from hope_pt.nn.layout import build_layout, take, tokens_seen
 
 
 @st.composite
@@ -148,3 +148,34 @@ def test_fresh_full_rows_need_no_layout():
     assert build_layout((2, 5), **options, doc_start_BT=start, mask_BT=torch.ones(2, 5, dtype=torch.bool)) is None
     start[1, 3] = True
     assert build_layout((2, 5), **options, doc_start_BT=start) is not None
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(calls(), st.integers(1, 3))
+def test_runs_of_rows_have_the_rows_of_the_layout(call, size):
+    layout = layout_of(call)
+    x = torch.randn(*call["shape"], 2, generator=torch.Generator().manual_seed(0))
+    opened = torch.randn(call["shape"][0], call["chunk_proj"], 2, generator=torch.Generator().manual_seed(1))
+    grid = layout.to_grid(x, opened)
+    parts = layout.split(size)
+    assert [len(part.mask_BT) for part in parts] == [len(rows) for rows in x.split(size)]
+    for part, rows, before, wanted in zip(parts, x.split(size), opened.split(size), grid.split(size), strict=True):
+        assert torch.equal(part.to_grid(rows, before), wanted)
+    assert torch.equal(torch.cat([part.commit_mem_BN for part in parts]), layout.commit_mem_BN)
+    assert torch.equal(
+        torch.cat([part.open_part(rows) for part, rows in zip(parts, grid.split(size), strict=True)]), layout.open_part(grid)
+    )
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(calls(), st.integers(0, 14))
+def test_tokens_seen_is_what_a_call_up_to_there_has_seen(call, position):
+    """A row without padding, cut at `position`: the second part continues where the first one ends."""
+    position = min(position, call["shape"][1])
+    starts = call["doc_start_BT"]
+    fresh = torch.zeros(len(starts), dtype=torch.long)
+    options = {name: call[name] for name in ("chunk_mem", "chunk_proj", "conv_width")}
+    wanted = fresh
+    if position:
+        wanted = build_layout((len(starts), position), doc_start_BT=starts[:, :position], seen_B=fresh, **options).seen_B
+    assert tokens_seen(starts, position).tolist() == wanted.tolist()

@@ -33,8 +33,7 @@ from hope_pt import cli
 from hope_pt.errors import DataError
 
 LIMIT_S = 30.0
-GIVE_UP_S = 75.0
-ORPHANS_S = 10.0
+START_S = 150.0
 MESSAGE = "injected by the trial"
 CONFIG = """
 name = "run"
@@ -160,7 +159,7 @@ class Job:
     def __init__(self, trial: Trial, *, root: Path, delay: float):
         self.trial, self.root, self.delay = trial, root, delay
         self.codes: list[int | None] = [None] * trial.world_size
-        self.give_up = time.monotonic() + GIVE_UP_S
+        self.started = time.time()
         self.ended: float | None = None
         self.trained: float | None = None
         root.mkdir()
@@ -179,7 +178,7 @@ class Job:
             self.ended = time.time()
         if self.trial.phase == ANY and not (self.root / "fault").exists():
             self._from_outside()
-        return self.ended is not None or time.monotonic() > self.give_up
+        return self.ended is not None or time.time() > self._give_up()
 
     def outcome(self) -> Outcome:
         """The judgement; what is left of the job is killed."""
@@ -254,13 +253,18 @@ class Job:
             (self.root / "fault").write_text(str(time.time()))
             os.kill(self.ranks[self.trial.rank], signal.SIGKILL if self.trial.action == "kill" else signal.SIGSTOP)
 
+    def _give_up(self) -> float:
+        """Well after the fault was due to have ended the job; a busy machine may take long to reach it."""
+        fault = self.root / "fault"
+        return os.stat(fault).st_mtime + LIMIT_S + 10.0 if fault.exists() else self.started + START_S
+
     def _lines(self, rank: int) -> list[str]:
         text = (self.root / f"rank-{rank}.log").read_text(errors="replace")
         return [line for line in text.splitlines() if line.startswith("hope: ")]
 
     def _orphans(self) -> list[psutil.Process]:
         """What lives in the sessions of the ranks that have ended; readers of data get a moment to see that they are alone."""
-        deadline = time.monotonic() + ORPHANS_S
+        deadline = time.monotonic() + LIMIT_S
         sessions = {process for process, code in zip(self.ranks, self.codes, strict=True) if code is not None}
         while (left := [process for process in psutil.process_iter() if _session(process) in sessions]) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -278,11 +282,12 @@ def main() -> int:
     """Runs the trials and prints the result."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("--trials", choices=("all", "short"), default="all")
+    arguments.add_argument("--only", default="", help="of these, the trials whose description contains this")
     arguments.add_argument("--parallel", type=int, default=3, help="jobs at a time; most of a trial is waiting")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--out", type=Path, help="write the result here too")
     options = arguments.parse_args()
-    trials = plan(options.trials, seed=options.seed)
+    trials = [trial for trial in plan(options.trials, seed=options.seed) if options.only in str(trial)]
     with tempfile.TemporaryDirectory(prefix="hope-failure-") as name:
         began = time.monotonic()
         outcomes = run(trials, root=Path(name), parallel=options.parallel, seed=options.seed)

@@ -124,7 +124,7 @@ class Watch:
                 raise
             if _is_symptom(error):
                 # A stopped rank is named after silent_s; a few seconds more, then the failure must be this rank's own.
-                self._settled.wait(self._limits.silent_s + 5 * self._limits.beat_s)
+                self._settled.wait(self._limits.silent_s + 7 * self._limits.beat_s)
                 if self._verdict is not None:
                     raise PeerError(self._verdict) from error
             self._report(error)
@@ -206,17 +206,16 @@ class Watch:
 
     def _end(self, verdict: Verdict) -> None:
         """Lets the main thread end the process with the verdict; if it does not, ends it."""
-        if self._hub:
-            self._hub.told.wait(self._join_s)
-        self._verdict = verdict
-        self._settled.set()
-        deadline = time.monotonic() + self._limits.unwind_s
         if verdict.pid and verdict.home == _home() and verdict.rank != self._launch.rank:
             # A stopped process cannot end itself. Its connection is open, so its number is still its own. First the others notice too.
             time.sleep(2 * self._limits.beat_s)
             with contextlib.suppress(OSError):
                 os.kill(verdict.pid, signal.SIGKILL)
-        time.sleep(max(0.0, deadline - time.monotonic()))
+        if self._hub:
+            self._hub.told.wait(self._join_s)
+        self._verdict = verdict
+        self._settled.set()
+        time.sleep(self._limits.unwind_s)
         # Not sys.stderr: the main thread may be stuck with its lock.
         with contextlib.suppress(OSError):
             os.write(2, (self._own_failure or f"hope: {verdict.text}\n").encode())

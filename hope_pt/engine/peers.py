@@ -124,7 +124,8 @@ class Watch:
                 raise
             if _is_symptom(error):
                 # A stopped rank is named after silent_s; a few seconds more, then the failure must be this rank's own.
-                self._settled.wait(self._limits.silent_s + 7 * self._limits.beat_s)
+                # Rank 0 learns a verdict when all that may still join have.
+                self._settled.wait(self._limits.silent_s + 7 * self._limits.beat_s + (self._join_s if self._hub else 0.0))
                 if self._verdict is not None:
                     raise PeerError(self._verdict) from error
             self._report(error)

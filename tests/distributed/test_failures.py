@@ -136,6 +136,9 @@ def test_a_rank_whose_main_thread_is_stuck_is_ended_with_the_line_on_its_standar
         launch = Launch(rank=rank, world_size=2, master_addr=f"file://{tmp_path / 'store'}")
         try:
             with Watch(launch, limits=LIMITS):
+                (tmp_path / f"{rank}-is-in").touch()
+                while rank == 0 and not (tmp_path / "1-is-in").exists():
+                    time.sleep(0.01)
                 if rank == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
                 threading.Event().wait(60)

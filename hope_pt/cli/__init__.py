@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(module="evaluate")
 
     _add_generate(commands)
-    _add_estimate(commands)
+    _add_costs(commands)
 
     report = commands.add_parser("report", help="write RUN/report.html: curves, evaluations, memory heat maps, samples")
     report.add_argument("run", metavar="RUN", help="run directory")
@@ -78,11 +78,6 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--store-curve", metavar="FILE", help="write the run's curve to a small .json instead of a page")
     report.add_argument("--out", metavar="FILE", help="write the page here instead")
     report.set_defaults(module="report")
-
-    summary = commands.add_parser("summary", help="parameters by class, FLOPs per token, state bytes, optimizer groups")
-    summary.add_argument("config", metavar="CONFIG", help="TOML file")
-    summary.add_argument("overrides", metavar="key=value", nargs="*")
-    summary.set_defaults(module="summary")
 
     doctor = commands.add_parser(
         "doctor", help="what this machine can run, and what to install for the rest; exit code 2: cannot train"
@@ -117,7 +112,12 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     generate.set_defaults(module="generate")
 
 
-def _add_estimate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_costs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    summary = commands.add_parser("summary", help="parameters by class, FLOPs per token, state bytes, optimizer groups")
+    summary.add_argument("config", metavar="CONFIG", help="TOML file")
+    summary.add_argument("overrides", metavar="key=value", nargs="*")
+    summary.set_defaults(module="summary")
+
     estimate = commands.add_parser("estimate", help="parameters, bytes per rank, communication and step time of a layout; layouts that fit")
     estimate.add_argument("config", metavar="CONFIG", help="TOML file")
     estimate.add_argument("overrides", metavar="key=value", nargs="*", help="for example engine.tensor_parallel=2")

@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command with `argv` (the process's arguments by default) and returns its exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[StderrHandler()], force=True)
     logging.getLogger("hope_pt").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
     command = importlib.import_module(f"hope_pt.cli.{arguments.module}")
@@ -37,6 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`hope report ... | head`); what python would still flush has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; `key=value` counts wherever it stands, also after options, where argparse takes no more positional arguments."""
+    commands = parser()
+    arguments, rest = commands.parse_known_args(argv)
+    later = [text for text in rest if "=" in text and not text.startswith("-")] if "overrides" in arguments else []
+    if len(later) < len(rest):
+        commands.error(f"unrecognized arguments: {' '.join(text for text in rest if text not in later)}")
+    if later:
+        arguments.overrides = [*arguments.overrides, *later]
+    return arguments
 
 
 class StderrHandler(logging.Handler):
@@ -79,9 +91,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--out", metavar="FILE", help="write the page here instead")
     report.set_defaults(module="report")
 
-    doctor = commands.add_parser(
-        "doctor", help="what this machine can run, and what to install for the rest; exit code 2: cannot train"
-    )
+    doctor = commands.add_parser("doctor", help="what this machine can run, and what to install for the rest; exit code 2: cannot train")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.add_argument("--out", metavar="DIR", default="runs", help="where runs will be written (default: runs)")
     doctor.set_defaults(module="doctor")

@@ -51,7 +51,7 @@ class Limits:
 
     beat_s: float = 1.0
     silent_s: float = 15.0
-    join_s: float = 20.0
+    join_s: float = 16.0
     join_s_per_rank: float = 0.1
     unwind_s: float = 4.0
     """From the verdict to the forced end of a process whose main thread has not ended it."""

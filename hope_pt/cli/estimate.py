@@ -19,13 +19,17 @@ SHOWN = 12
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the estimate, and with --search the layouts that fit."""
+    """Prints the estimate; with --search the layouts that fit, and the estimate of the fastest of them."""
     settings = config.load(arguments.config, arguments.overrides)
     if arguments.gpus < 1 or arguments.documents < 1:
         raise ConfigError(f"--gpus {arguments.gpus} --documents {arguments.documents}: both must be 1 or more")
     gpu = gpu_of(arguments.gpu)
-    found = estimate(settings, world_size=arguments.gpus, gpu=gpu, documents=arguments.documents)
     layouts = search(settings, world_size=arguments.gpus, gpu=gpu, documents=arguments.documents) if arguments.search else []
+    if arguments.search and not layouts:
+        raise ConfigError(f"no layout of {settings.name} fits {arguments.gpus} x {gpu.name}; give more GPUs, or larger ones")
+    if layouts:
+        settings = settings.model_copy(update={"engine": layouts[0].engine})
+    found = estimate(settings, world_size=arguments.gpus, gpu=gpu, documents=arguments.documents)
     if arguments.json:
         shown = found.as_dict() | {"assumed": asdict(ASSUMED) | {"reserved_bytes": RESERVED, "usable": USABLE}}
         print(json.dumps(shown | ({"layouts": [_as_dict(one) for one in layouts]} if arguments.search else {}), indent=1))

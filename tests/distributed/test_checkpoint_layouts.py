@@ -15,17 +15,18 @@ from hope_pt.testing.layouts import batch_at, with_engine
 from hope_pt.train.state import Progress, capture, restore
 
 SAVED_AFTER, STEPS, ROWS = 5, 10, 2
+# Without a pipeline to fill, both rows go in one micro-batch.
 LAYOUTS = {
-    "one": (1, {}),
-    "tp2+sp": (2, {"tensor_parallel": 2}),
+    "one": (1, {"micro_batch_size": 2}),
+    "tp2+sp": (2, {"tensor_parallel": 2, "micro_batch_size": 2}),
     "pp2": (2, {"pipeline_parallel": 2}),
     "pp2xvpp2": (2, {"pipeline_parallel": 2, "virtual_stages": 2}),
-    "cp2": (2, {"context_parallel": 2}),
-    "cp2 state": (2, {"context_parallel": 2, "context_mode": "state"}),
+    "cp2": (2, {"context_parallel": 2, "micro_batch_size": 2}),
+    "cp2 state": (2, {"context_parallel": 2, "context_mode": "state", "micro_batch_size": 2}),
     "dp2": (2, {}),
     "dp2 zero": (2, {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "tp2xpp2+sp": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
-    "tp4+sp": (4, {"tensor_parallel": 4}),
+    "tp4+sp": (4, {"tensor_parallel": 4, "micro_batch_size": 2}),
 }
 IN_BACKGROUND = {"tp2+sp", "dp2 zero", "tp2xpp2+sp"}
 PAIRS = [
@@ -39,16 +40,14 @@ PAIRS = [
     ("cp2 state", "pp2xvpp2"),
     ("tp4+sp", "tp2+sp"),
     ("one", "one"),
-    ("tp2+sp", "tp2+sp"),
     ("dp2 zero", "dp2 zero"),
-    ("pp2xvpp2", "pp2xvpp2"),
     ("tp2xpp2+sp", "tp2xpp2+sp"),
 ]
 
 
 def settings(layout: str):
     model = tiny_model()
-    titans = model.titans.model_copy(update={"momentum": "titans"})
+    titans = model.titans.model_copy(update={"momentum": "titans", "chunk_mem": 8})
     model = model.model_copy(update={"titans": titans, "num_layers": 4, "width": 32, "num_heads": 4})
     config = tiny_run(model=model, steps=STEPS, seq_len=16, global_batch_size=ROWS)
     # With AdamW's usual eps the rounding of a gradient near zero becomes a step of full size, and no two layouts agree for long.
@@ -104,16 +103,16 @@ def losses_of(root: Path, tasks: list[tuple[str, str]]) -> dict[tuple[str, str],
     found = {}
     for world_size in (1, 2, 4):
         mine = [(source, target) for source, target in tasks if LAYOUTS[target or source][0] == world_size]
-        ranks = run_distributed(run_all, world_size=world_size, timeout_s=90, args=(root, mine))
+        ranks = run_distributed(run_all, world_size=world_size, timeout_s=180, args=(root, mine))
         assert all(losses == ranks[0] for losses in ranks)
         found.update(zip(mine, ranks[0], strict=True))
     return found
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_any_layout_continues_what_another_saved(tmp_path):
     uninterrupted = losses_of(tmp_path, [(source, "") for source in dict.fromkeys(source for source, _ in PAIRS)])
-    assert len({root.name for root in tmp_path.iterdir()}) == len(uninterrupted) == 8
+    assert len({root.name for root in tmp_path.iterdir()}) == len(uninterrupted)
     wrong = {}
     for (source, target), losses in losses_of(tmp_path, PAIRS).items():
         expected = uninterrupted[source, ""]

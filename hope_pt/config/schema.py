@@ -245,8 +245,8 @@ class EngineConfig(Section):
     context_parallel: PositiveInt = 1
     """Context-parallel degree: the sequence is divided into contiguous shards."""
     context_mode: Literal["heads", "state"] = "heads"
-    """"heads": an all-to-all gives every rank the whole sequence of its share of the heads. "state": every rank keeps its shard of all heads
-    and hands the memory's state to the next."""
+    """"heads": an all-to-all gives every rank the whole sequence of its share of the heads. "state": every rank keeps its shard of all
+    heads and hands the memory's state to the next."""
     distributed_optimizer: bool = False
     """Divide optimizer states and master weights over the data-parallel (and context-parallel) ranks."""
     overlap_grad_reduce: bool = False

@@ -14,6 +14,7 @@ Legend: B batch, T tokens of a shard, C ranks of the group, H heads, P features 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from hope_pt.nn.layout import Layout
 from hope_pt.nn.state import LayerState
 
 
-def run_core(mode: str, group: dist.ProcessGroup) -> Callable[..., tuple[Tensor, LayerState | None]]:
+def run_core(mode: str, group: dist.ProcessGroup) -> Callable[..., Any]:
     """How a core is called in context-parallel `mode`; in a group of one rank it is just called."""
     if group.size() == 1:
         return nn.Module.__call__
@@ -72,12 +73,13 @@ def by_state(
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, None]:
     """(y [B, T, H * K] of this shard, None). layout: of the shard, continued from the tokens before it."""
+    assert layout is not None, "a continued shard has a layout"
     waves = projected_BTP.split(-(-len(projected_BTP) // group.size()))
     layouts = layout.split(len(waves[0]))
     return torch.cat([_wave(core, x, layout=part, group=group) for x, part in zip(waves, layouts, strict=True)]), None
 
 
-def _wave(core: nn.Module, x_BTP: Tensor, *, layout: Layout, group: dist.ProcessGroup) -> Tensor:
+def _wave(core: Any, x_BTP: Tensor, *, layout: Layout, group: dist.ProcessGroup) -> Tensor:
     """Some rows of `by_state`. Backward comes to the waves of all ranks in the same order, the last one first."""
     batch, length = x_BTP.shape[:2]
     rank, last = group.rank(), group.size() - 1

@@ -15,6 +15,7 @@ readouts, norms) stays fp32.
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -95,12 +96,13 @@ class HopeLayer(MegatronModule, BaseTransformerLayer):
         passage = packed_seq_params
         if self._overlaps:
             hidden_states = _Uses.apply(hidden_states, *self.block.mixer.core.parameters())
-        options = {"state": self._carried if passage.continues else None, "layout": passage.layout, "keep_state": passage.keeps}
+        state = self._carried if passage.continues else None
+        run = functools.partial(self.block, state=state, layout=passage.layout, keep_state=passage.keeps)
         if self._recomputes and torch.is_grad_enabled():
             with set_checkpoint_early_stop(self._stops_early):
-                x, state = checkpoint(self.block, hidden_states, use_reentrant=False, preserve_rng_state=False, **options)
+                x, state = checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=False)
         else:
-            x, state = self.block(hidden_states, **options)
+            x, state = run(hidden_states)
         self._carried = {name: tensor.detach() for name, tensor in state.items()} if passage.keeps else None
         return x, None
 

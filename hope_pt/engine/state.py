@@ -179,9 +179,10 @@ class EngineState:
         """The tensor on its owner, fp32 on the CPU, None on the others."""
         piece = self.optimizer.pieces.get(entry.parameter)
         is_owner = self._replicas.rank() == owner
-        value = None if piece is None else stored[entry.parameter][entry.key] if entry.key else piece.main
-        if not self.optimizer.is_distributed:
-            return _cpu(value) if is_owner else None
+        if piece is not None:
+            value = stored[entry.parameter][entry.key] if entry.key else piece.main
+            if not self.optimizer.is_distributed:
+                return _cpu(value) if is_owner else None
         whole = torch.zeros(self.parameters[entry.parameter].shape, device=self.plan.device)
         if piece is not None:
             whole.view(-1)[piece.first : piece.end] = value.detach().float()

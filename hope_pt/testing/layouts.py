@@ -107,8 +107,9 @@ def train_on_engine(launch: Launch, config: RunConfig, *, steps: int) -> Trained
 def whole_gradients(trainer: TrainEngine) -> dict[str, Tensor]:
     """Gradients of the last step after clipping, put together from the pieces that the ranks' optimizers step with; a collective."""
     tensor = trainer.plan.groups.tensor
+    gradients = {name: vars(parameter)["main_grad"].reshape(-1) for name, parameter in trainer.parameters.items()}
     own = [
-        (name, tensor.rank(), piece.first, trainer.parameters[name].main_grad.reshape(-1)[piece.first : piece.end].clone())
+        (name, tensor.rank(), piece.first, gradients[name][piece.first : piece.end].clone())
         for name, piece in trainer.optimizer.pieces.items()
     ]
     everyone: list[Any] = [None] * trainer.plan.world_size

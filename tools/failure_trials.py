@@ -1,6 +1,6 @@
 """One rank of a real training job is killed, stopped or raises, in every phase: the whole job must end, soon, naming that rank.
 
-    python tools/failure_trials.py [--trials all|short] [--parallel 3] [--seed 0] [--out FILE]
+    python -m tools.failure_trials [--trials all|short] [--parallel 3] [--seed 0] [--out FILE]
 
 Each trial is a job of 2 or 4 ranks of `hope train` on gloo; the ranks are forks of this process, which has imported everything but started
 nothing, and the last ones real processes of their own. The fault is injected in one rank by replacing a function of the phase, or comes
@@ -31,6 +31,7 @@ import hope_pt.engine.step
 import hope_pt.train  # noqa: F401  the ranks are forks: what is imported here they need not import
 from hope_pt import cli
 from hope_pt.errors import DataError
+from tools.bench.common import environment
 
 LIMIT_S = 30.0
 START_S = 150.0
@@ -287,12 +288,14 @@ def main() -> int:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--out", type=Path, help="write the result here too")
     options = arguments.parse_args()
+    where = environment()
     trials = [trial for trial in plan(options.trials, seed=options.seed) if options.only in str(trial)]
     with tempfile.TemporaryDirectory(prefix="hope-failure-") as name:
         began = time.monotonic()
         outcomes = run(trials, root=Path(name), parallel=options.parallel, seed=options.seed)
         result = summary(outcomes, parallel=options.parallel, seconds=round(time.monotonic() - began, 1))
     print(json.dumps({key: value for key, value in result.items() if key != "trials"}))
+    result = {"environment": where, **result}
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0 if result["passed"] == len(outcomes) else 1

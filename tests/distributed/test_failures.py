@@ -27,7 +27,7 @@ LIMITS = Limits(beat_s=0.2, silent_s=2.0, join_s=4.0, join_s_per_rank=0.0, unwin
 def trials(tmp_path_factory):
     """Real jobs of `hope train`, 2 and 4 ranks: the outcomes by phase and action."""
     out = tmp_path_factory.mktemp("failures") / "result.json"
-    command = [sys.executable, "-W", "ignore", "tools/failure_trials.py", "--trials", "short", "--parallel", "6", "--out", str(out)]
+    command = [sys.executable, "-W", "ignore", "-m", "tools.failure_trials", "--trials", "short", "--parallel", "6", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert out.exists(), done.stdout + done.stderr
     return {(found["trial"]["phase"], found["trial"]["action"]): found for found in json.loads(out.read_text())["trials"]}

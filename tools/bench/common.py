@@ -30,7 +30,12 @@ def environment() -> dict[str, Any]:
         "load_at_start": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "hope-pt": version("hope-pt")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "megatron-core": version("megatron-core"),
+            "hope-pt": version("hope-pt"),
+        },
     }
 
 

@@ -207,7 +207,8 @@ class Watch:
 
     def _end(self, verdict: Verdict) -> None:
         """Lets the main thread end the process with the verdict; if it does not, ends it."""
-        if verdict.pid and verdict.home == _home() and verdict.rank != self._launch.rank:
+        # Two machines whose home cannot be told have the same empty one: what is no home of ours must not be killed.
+        if verdict.pid and verdict.home and verdict.home == _home() and verdict.rank != self._launch.rank:
             # A stopped process cannot end itself. Its connection is open, so its number is still its own. First the others notice too.
             time.sleep(2 * self._limits.beat_s)
             with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hope_pt.engine import peers
 from hope_pt.engine.launch import Launch
 from hope_pt.engine.peers import Limits, PeerError, Verdict, Watch
 from hope_pt.errors import ConfigError, DivergenceError, ParallelError
@@ -174,6 +175,24 @@ def test_a_first_rank_that_never_comes_is_named_in_time():
     with pytest.raises(ParallelError, match=rf"^rank 0 of 2 cannot be reached at 127.0.0.1:{port} within 4 s: .*MASTER_ADDR"):
         Watch(Launch(rank=1, world_size=2, master_port=port), limits=LIMITS).__enter__()
     assert 4.0 <= time.monotonic() - began < 8.0
+
+
+@pytest.mark.parametrize(
+    ("home_of_the_stopped_rank", "home_of_the_survivor", "killed"), [("a", "a", True), ("a", "b", False), ("", "a", False), ("", "", False)]
+)
+def test_a_stopped_process_is_killed_only_from_where_its_number_is_known_to_be_its_own(
+    monkeypatch, home_of_the_stopped_rank, home_of_the_survivor, killed
+):
+    monkeypatch.setattr(peers, "_home", lambda: home_of_the_survivor)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        survivor = Watch(Launch(rank=1, world_size=2), limits=Limits(beat_s=0.01, unwind_s=0.01))
+        with pytest.raises(SystemExit):
+            survivor._end(Verdict(0, "rank 0 has been silent", home=home_of_the_stopped_rank, pid=process.pid))
+        if not killed:
+            assert process.poll() is None
+            process.communicate(b"\n")
+    assert process.returncode == (-signal.SIGKILL if killed else 0)
 
 
 def test_one_process_has_no_watch_and_its_errors_pass_unchanged():

@@ -1,6 +1,6 @@
 """What all ranks of a job tell each other besides tensors. A process that belongs to no job is its own only rank.
 
-Every function here but `rank` and `size` is collective: all ranks call it in the same order.
+Every function here but `rank`, `size` and `is_broken` is collective: all ranks call it in the same order.
 """
 
 import contextlib
@@ -49,6 +49,16 @@ def all_true(flag: bool) -> bool:
     votes = torch.tensor(int(flag), device=device)
     dist.all_reduce(votes, op=dist.ReduceOp.MIN)
     return bool(votes.item())
+
+
+def is_broken(error: BaseException | None) -> bool:
+    """Whether `error`, or one that it came from, is a collective that failed: the symptom of another rank's end, or of the network's."""
+    while error is not None:
+        # gloo raises plain RuntimeError.
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager

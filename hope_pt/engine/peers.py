@@ -122,7 +122,9 @@ class Watch:
         except BaseException as error:
             if self._link is None or self._own_failure or isinstance(error, PeerError):
                 raise
-            if _is_symptom(error):
+            from hope_pt.engine.collectives import is_broken
+
+            if is_broken(error):
                 # A stopped rank is named after silent_s; a few seconds more, then the failure must be this rank's own.
                 # Rank 0 learns a verdict when all that may still join have.
                 self._settled.wait(self._limits.silent_s + 7 * self._limits.beat_s + (self._join_s if self._hub else 0.0))
@@ -426,18 +428,6 @@ def _home() -> str:
     with contextlib.suppress(OSError):
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}:{os.stat('/proc/self/ns/pid').st_ino}"
     return ""
-
-
-def _is_symptom(error: BaseException | None) -> bool:
-    """Whether a collective broke somewhere in the history of `error`."""
-    from torch.distributed import DistError
-
-    while error is not None:
-        # gloo raises plain RuntimeError.
-        if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _host(launch: Launch) -> str:

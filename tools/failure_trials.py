@@ -217,8 +217,9 @@ class Job:
         os.dup2(log, 2)
         code = 1
         try:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.trial.world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in place.items()})
+            size = self.trial.world_size
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
             if rank == self.trial.rank:
                 self._arm()
             overrides = PHASES[self.trial.phase][2] if self.trial.phase in PHASES else ()

@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from hope_pt.engine.launch import Launch
 from hope_pt.errors import ConfigError, ParallelError
 
+JOIN_S_PER_RANK = 0.1
+"""Launchers start the processes of one machine one after another."""
+JOIN_S_OF_MACHINES = 300.0
+"""Several machines read Python's packages over a network, the first time for minutes."""
+JOIN_S_MAX = 86400
+
 
 def launch_from_environment(environment: Mapping[str, str] | None = None) -> Launch:
     """`Launch` from RANK, WORLD_SIZE, LOCAL_RANK (torchrun) or SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID (inside srun).
 
     With several processes MASTER_ADDR and MASTER_PORT must be set: there is no fallback, because a wrong guess hangs. A shell that
-    merely belongs to a Slurm job is one process. Raises ConfigError or ParallelError naming the variable.
+    merely belongs to a Slurm job is one process. `join_s` is HOPE_JOIN_S; without it short if LOCAL_WORLD_SIZE (torchrun) or
+    SLURM_STEP_NUM_NODES (srun) says that one machine has all processes, else long. Raises ConfigError or ParallelError naming the variable.
     """
     environment = os.environ if environment is None else environment
     if "RANK" in environment or "WORLD_SIZE" in environment:
@@ -33,7 +40,21 @@ def launch_from_environment(environment: Mapping[str, str] | None = None) -> Lau
         local_rank=local_rank,
         master_addr=environment["MASTER_ADDR"],
         master_port=_number(environment, "MASTER_PORT"),
+        join_s=_join_s(environment, world_size=world_size),
     )
+
+
+def _join_s(environment: Mapping[str, str], *, world_size: int) -> float:
+    if "HOPE_JOIN_S" in environment:
+        text = environment["HOPE_JOIN_S"]
+        if not text.isdecimal() or not 1 <= int(text) <= JOIN_S_MAX:
+            raise ConfigError(f"HOPE_JOIN_S = {text!r}: expected whole seconds from 1 to {JOIN_S_MAX}, or unset it")
+        return float(text)
+    if "RANK" in environment:
+        one_machine = environment.get("LOCAL_WORLD_SIZE") == str(world_size)
+    else:
+        one_machine = environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES")) == "1"
+    return Launch.join_s + JOIN_S_PER_RANK * world_size if one_machine else JOIN_S_OF_MACHINES
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

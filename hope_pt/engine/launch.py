@@ -8,6 +8,7 @@ class Launch:
     """Rank and address of this process; the launcher or the command line reads them from the environment.
 
     `master_addr` is a host name, reached at `master_port`, or a whole address of torch.distributed such as file:///path/to/store.
+    `join_s`: seconds that the processes of the job may start apart from each other; one that is later counts as dead.
     """
 
     rank: int = 0
@@ -15,3 +16,4 @@ class Launch:
     local_rank: int = 0
     master_addr: str = "127.0.0.1"
     master_port: int = 29500
+    join_s: float = 16.0

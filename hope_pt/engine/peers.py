@@ -8,7 +8,7 @@ Every client says each second where its main thread is; the hub answers each sec
   closes the sockets of a dead process;
 * a rank that reports an exception: failed, with that message;
 * `silent_s` without a beat: stopped, its host is lost, or its interpreter is blocked by one long native call;
-* `join_s` without a connection: it died before it could be heard, or was never started.
+* `Launch.join_s` without a connection: it died before it could be heard, or was never started.
 
 The verdict goes to all clients, which decide alone if it is the hub that is gone or silent. A rank whose main thread is then thrown out of
 its collective raises `PeerError` with the verdict; one that stays in it (NCCL waits for ever) is ended by its client thread. Nothing
@@ -47,12 +47,10 @@ _KEY = "hope_peers"
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds. `join_s` of a large job grows with it: launchers start many processes one after another."""
+    """Seconds."""
 
     beat_s: float = 1.0
     silent_s: float = 15.0
-    join_s: float = 16.0
-    join_s_per_rank: float = 0.1
     unwind_s: float = 4.0
     """From the verdict to the forced end of a process whose main thread has not ended it."""
 
@@ -79,7 +77,7 @@ class PeerError(ParallelError):
 class Watch:
     """Watches the job from its first moment to its last; a context manager around all that a rank does.
 
-    Entering it connects the ranks: ParallelError if the first one cannot be reached within `join_s`. Leaving it without an exception
+    Entering it connects the ranks: ParallelError if the first one cannot be reached within `launch.join_s`. Leaving it without an exception
     waits until all ranks have done so and raises PeerError if one fails instead. Leaving it with an exception tells the others.
     From a verdict on the process has `unwind_s` seconds to live.
     """
@@ -90,7 +88,7 @@ class Watch:
         self._link: _Link | None = None
         self._store: Any = None  # kept: rank 0's object is the server of the process group's store too
         self._hub: _Hub | None = None
-        self._join_s = self._limits.join_s + self._limits.join_s_per_rank * launch.world_size
+        self._join_s = launch.join_s
         self._hub_host, self._hub_home, self._hub_pid = "", "", 0
         self._verdict: Verdict | None = None
         self._settled = threading.Event()
@@ -127,7 +125,8 @@ class Watch:
             if is_broken(error):
                 # A stopped rank is named after silent_s; a few seconds more, then the failure must be this rank's own.
                 # Rank 0 learns a verdict when all that may still join have.
-                self._settled.wait(self._limits.silent_s + 7 * self._limits.beat_s + (self._join_s if self._hub else 0.0))
+                joining_s = self._hub.joining_s if self._hub else 0.0
+                self._settled.wait(self._limits.silent_s + 7 * self._limits.beat_s + joining_s)
                 if self._verdict is not None:
                     raise PeerError(self._verdict) from error
             self._report(error)
@@ -166,8 +165,9 @@ class Watch:
     def _unreachable(self) -> ParallelError:
         launch = self._launch
         return ParallelError(
-            f"rank 0 of {launch.world_size} cannot be reached at {launch.master_addr}:{launch.master_port} within {self._join_s:.0f} s: it "
-            f"was killed or has not started, or MASTER_ADDR and MASTER_PORT are not its host and a free port (said rank {launch.rank})"
+            f"rank 0 of {launch.world_size} cannot be reached at {launch.master_addr}:{launch.master_port} within {self._join_s:.0f} s "
+            f"(HOPE_JOIN_S): it was killed or has not started, or MASTER_ADDR and MASTER_PORT are not its host and a free port (said rank "
+            f"{launch.rank})"
         )
 
     def _connect(self, address: dict[str, Any]) -> "_Link | None":
@@ -259,6 +259,11 @@ class _Hub:
                 self._check()
         self._tell(over=True)
 
+    @property
+    def joining_s(self) -> float:
+        """Seconds for which ranks may still join; 0 when all have."""
+        return 0.0 if len(self._members) == self._world_size else max(self._join_s - self._waiting.seconds, 0.0)
+
     def _all_done(self) -> bool:
         return len(self._members) == self._world_size and all(member.done for member in self._members.values())
 
@@ -308,7 +313,8 @@ class _Hub:
         if late:
             missing = [rank for rank in range(self._world_size) if rank not in self._members]
             others = f" (nor {len(missing) - 1} others)" if len(missing) > 1 else ""
-            self._decide(missing[0], f"has not joined within {self._join_s:.0f} s{others}: killed before it was heard, or never started")
+            text = f"has not joined within {self._join_s:.0f} s (HOPE_JOIN_S){others}: killed before it was heard, or never started"
+            self._decide(missing[0], text)
         for member in self._members.values():
             member.silence.count(heard=member.done)
             if member.silence.seconds > self._limits.silent_s:

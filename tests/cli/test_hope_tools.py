@@ -106,7 +106,7 @@ def test_config_show_gives_a_configuration_that_is_the_same(settings, tmp_path, 
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Launch()),
         (
             {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29501"},
-            Launch(rank=3, world_size=4, local_rank=1, master_addr="n1", master_port=29501),
+            Launch(rank=3, world_size=4, local_rank=1, master_addr="n1", master_port=29501, join_s=300.0),
         ),
         (
             {
@@ -117,12 +117,44 @@ def test_config_show_gives_a_configuration_that_is_the_same(settings, tmp_path, 
                 "MASTER_ADDR": "n1",
                 "MASTER_PORT": "1",
             },
-            Launch(rank=1, world_size=2, local_rank=1, master_addr="n1", master_port=1),
+            Launch(rank=1, world_size=2, local_rank=1, master_addr="n1", master_port=1, join_s=300.0),
         ),
     ],
 )
 def test_launch_variables(environment, expected):
     assert launch_from_environment(environment) == expected
+
+
+TORCHRUN = {"RANK": "8", "WORLD_SIZE": "20", "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": "1"}
+SRUN = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "8",
+    "SLURM_STEP_NUM_TASKS": "20",
+    "SLURM_LOCALID": "0",
+    "MASTER_ADDR": "n1",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "join_s"),
+    [
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "20"}, 18.0),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}, 300.0),
+        (TORCHRUN, 300.0),
+        # torchrun inside a Slurm step of one task on each of many machines, and the other way round: torchrun's word counts.
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "8", "SLURM_STEP_NUM_NODES": "1"}, 300.0),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "20", "SLURM_NNODES": "3"}, 18.0),
+        (SRUN | {"SLURM_STEP_NUM_NODES": "1", "SLURM_NNODES": "3"}, 18.0),
+        (SRUN | {"SLURM_STEP_NUM_NODES": "3"}, 300.0),
+        (SRUN | {"SLURM_NNODES": "1"}, 18.0),
+        (SRUN, 300.0),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "20", "HOPE_JOIN_S": "45"}, 45.0),
+        (SRUN | {"SLURM_STEP_NUM_NODES": "3", "HOPE_JOIN_S": "900"}, 900.0),
+    ],
+)
+def test_a_job_on_several_machines_has_longer_to_join(environment, join_s):
+    assert launch_from_environment(environment).join_s == join_s
 
 
 @pytest.mark.parametrize(
@@ -133,6 +165,7 @@ def test_launch_variables(environment, expected):
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK = 2 is not below WORLD_SIZE = 2"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "n1"}, "MASTER_PORT = ''"),
+        *((TORCHRUN | {"HOPE_JOIN_S": text}, f"HOPE_JOIN_S = {text!r}") for text in ("", "0", "-5", "5m", "1e9", "inf", "86401")),
     ],
 )
 def test_launch_variables_that_are_missing_or_wrong(environment, name):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from hope_pt.testing import run_distributed
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
-LIMITS = Limits(beat_s=0.2, silent_s=2.0, join_s=4.0, join_s_per_rank=0.0, unwind_s=1.0)
+LIMITS = Limits(beat_s=0.2, silent_s=2.0, unwind_s=1.0)
+JOIN_S = 4.0
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +72,12 @@ def tcp(launch: Launch) -> Launch:
     while not path.exists():
         time.sleep(0.01)
     port = int(path.read_text())
-    return Launch(rank=launch.rank, world_size=launch.world_size, local_rank=launch.rank, master_addr="127.0.0.1", master_port=port)
+    return replace(launch, master_addr="127.0.0.1", master_port=port)
 
 
 def watched(launch, work, meets):
     """`work(rank)` under a Watch; how it ended."""
-    if meets == "tcp":
-        launch = tcp(launch)
+    launch = replace(tcp(launch) if meets == "tcp" else launch, join_s=JOIN_S)
     try:
         with Watch(launch, limits=LIMITS):
             work(launch.rank)
@@ -134,7 +135,7 @@ def test_a_rank_whose_main_thread_is_stuck_is_ended_with_the_line_on_its_standar
         if child:
             return child
         os.dup2(os.open(tmp_path / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY), 2)
-        launch = Launch(rank=rank, world_size=2, master_addr=f"file://{tmp_path / 'store'}")
+        launch = Launch(rank=rank, world_size=2, master_addr=f"file://{tmp_path / 'store'}", join_s=JOIN_S)
         try:
             with Watch(launch, limits=LIMITS):
                 (tmp_path / f"{rank}-is-in").touch()
@@ -161,19 +162,35 @@ def test_a_rank_that_is_started_twice_is_named():
         raise RuntimeError("gloo: Connection reset by peer")
 
     def start(launch):
-        return watched(Launch(rank=min(launch.rank, 1), world_size=3, master_addr=launch.master_addr), work, "file")
+        return watched(replace(launch, rank=min(launch.rank, 1)), work, "file")
 
     results = run_distributed(start, world_size=3, timeout_s=30)
     host = socket.gethostname()
     assert results[0] == ("PeerError", f"rank 1 of 3 ({host}) was started twice: on {host} and on {host}", 1)
 
 
+def test_a_rank_that_never_comes_is_named_by_all_others_after_the_join_limit_of_the_launch():
+    def work(rank):
+        # As a rank does whose process group never comes about.
+        time.sleep(3.0)
+        raise RuntimeError("gloo: timed out")
+
+    def start(launch):
+        return watched(replace(launch, world_size=3), work, "file")
+
+    began = time.monotonic()
+    results = run_distributed(start, world_size=2, timeout_s=30)
+    assert JOIN_S < time.monotonic() - began < 15.0
+    text = "rank 2 of 3 has not joined within 4 s (HOPE_JOIN_S): killed before it was heard, or never started"
+    assert results == [("PeerError", text, 1)] * 2
+
+
 def test_a_first_rank_that_never_comes_is_named_in_time():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     began = time.monotonic()
-    with pytest.raises(ParallelError, match=rf"^rank 0 of 2 cannot be reached at 127.0.0.1:{port} within 4 s: .*MASTER_ADDR"):
-        Watch(Launch(rank=1, world_size=2, master_port=port), limits=LIMITS).__enter__()
+    with pytest.raises(ParallelError, match=rf"^rank 0 of 2 cannot be reached at 127.0.0.1:{port} within 4 s .*MASTER_ADDR"):
+        Watch(Launch(rank=1, world_size=2, master_port=port, join_s=JOIN_S), limits=LIMITS).__enter__()
     assert 4.0 <= time.monotonic() - began < 8.0
 
 

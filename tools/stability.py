@@ -31,6 +31,13 @@ MAX_RATIO = 10.0
 MEASURE_EVERY = 20
 
 
+def _model(trainer: engine.TrainEngine) -> nn.HopeLM:
+    """The plain model of a run in one process."""
+    lm = trainer.to_lm()
+    assert lm is not None
+    return lm
+
+
 def trial_config(arguments: argparse.Namespace) -> RunConfig:
     """hope_tiny with the trial's chunks, objective, seed and length."""
     chunk_mem, chunk_proj = PRESETS[arguments.preset]
@@ -81,14 +88,14 @@ def trial(arguments: argparse.Namespace) -> dict[str, Any]:
     plan = engine.start(long_config, launch=engine.Launch(master_port=29600 + arguments.port))
     trainer = engine.TrainEngine(long_config, plan)
     losses, ratios, skipped = [], [], 0
-    long_at_start = norm_ratio(trainer.to_lm(), long_BT)
+    long_at_start = norm_ratio(_model(trainer), long_BT)
     for step, batch in zip(range(arguments.steps), train_batches(train, batch=arguments.batch, samples=samples, seed=arguments.seed)):
         result = trainer.step(batch)
         losses.append(result.loss)
         skipped += result.skipped
         if (step + 1) % MEASURE_EVERY == 0 or step == 0:
-            ratios.append(norm_ratio(trainer.to_lm(), probe_BT))
-    lm = trainer.to_lm()
+            ratios.append(norm_ratio(_model(trainer), probe_BT))
+    lm = _model(trainer)
     with torch.no_grad():
         long_finite = bool(lm(long_BT)[0].isfinite().all())
     engine.stop(plan)

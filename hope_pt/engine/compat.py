@@ -5,7 +5,6 @@ every difference between them that the engine meets, so that the rest of the pac
 
 * `check_megatron` refuses a version outside the tested range;
 * `prepare_import` makes 0.19 importable without triton (its mixture-of-experts kernels import it at the top of a file we never run);
-* `accepted` drops keyword arguments that a constructor of the installed version does not know;
 * `quiet` keeps megatron from announcing at import and construction what `capabilities` reports once;
 * `capabilities` says which optional accelerator packages are there, by the symbols that are used and not by package name: the package
   called `apex` on PyPI is a web framework, which `prepare_import` hides from megatron.
@@ -14,18 +13,16 @@ every difference between them that the engine meets, so that the rest of the pac
 import contextlib
 import functools
 import importlib
-import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from packaging.version import Version
 
@@ -136,14 +133,6 @@ def _spec(name: str) -> ModuleSpec | None:
     """Of the installed package, whatever stands for it in sys.modules."""
     specs = (finder.find_spec(name, None) for finder in sys.meta_path)
     return next((spec for spec in specs if spec is not None), None)
-
-
-def accepted(function: Callable, /, **kwargs: Any) -> dict[str, Any]:
-    """The entries of `kwargs` that `function` has a parameter for: arguments that exist in some supported versions only."""
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return kwargs
-    return {name: value for name, value in kwargs.items() if name in parameters}
 
 
 @contextlib.contextmanager

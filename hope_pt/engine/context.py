@@ -86,9 +86,10 @@ def _wave(core: Any, x_BTP: Tensor, *, layout: Layout, group: dist.ProcessGroup)
     state = None
     if rank > 0:
         like = core.init_state(batch, dtype=x_BTP.dtype, device=x_BTP.device, past=rank * length)
-        state = dict(zip(like, _Receive.apply(x_BTP, group, *(t.detach() for t in like.values())), strict=True))
+        names = sorted(like)
+        state = dict(zip(names, _Receive.apply(x_BTP, group, *(like[name].detach() for name in names)), strict=True))
     y, state = core(x_BTP, state=state, layout=layout, keep_state=rank < last)
-    return _Send.apply(y, group, *state.values()) if rank < last else y
+    return _Send.apply(y, group, *(state[name] for name in sorted(state))) if rank < last else y
 
 
 class _Receive(torch.autograd.Function):

@@ -43,6 +43,26 @@ class MicroBatch:
     passage: Passage
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a batch."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    loss_mask_BT: Tensor
+    doc_start_BT: Tensor
+
+
+def own_rows(batch: BatchLike, *, plan: Plan) -> BatchLike:
+    """This data-parallel rank's run of a batch's rows, as many on every rank: the last row fills up."""
+    if plan.dp_size == 1:
+        return batch
+    fields = [torch.as_tensor(field) for field in (batch.tokens_BT, batch.targets_BT, batch.loss_mask_BT, batch.doc_start_BT)]
+    count = -(-len(fields[0]) // plan.dp_size)
+    rows = torch.arange(plan.dp_rank * count, (plan.dp_rank + 1) * count).clamp(max=len(fields[0]) - 1)
+    return _Rows(*(field[rows] for field in fields))
+
+
 def micro_batches(batch: BatchLike, *, config: RunConfig, plan: Plan, whole: bool = False) -> list[MicroBatch]:
     """The micro-batches of a batch's rows, in the order in which they are computed.
 
@@ -84,18 +104,19 @@ def _layout(starts_BT: Tensor, window: slice, *, carried: bool, config: RunConfi
 
 
 def join_losses(reports: Sequence[Tensor], *, rows: int, config: RunConfig, plan: Plan) -> Tensor:
-    """The losses [rows, T] from those of this rank's micro-batches [b, T'], in order; the same on all ranks of the model."""
+    """The losses [rows, T] of a whole batch from those of all ranks' micro-batches of `own_rows` [b, T'], in order; on every rank."""
     mesh, groups, segments = plan.mesh, plan.groups, config.train.segments
     count = mesh.tokens_per_rank
-    size = config.engine.micro_batch_size
-    # Stages and shards fill different places of one tensor of zeros.
-    total = torch.zeros(-(-rows // size) * size, config.data.seq_len, device=plan.device)
+    own = -(-rows // mesh.data)
+    # Ranks fill different places of one tensor of zeros.
+    total = torch.zeros(own * mesh.data, config.data.seq_len, device=plan.device)
+    mine = total[plan.dp_rank * own : (plan.dp_rank + 1) * own]
     for index, report_BT in enumerate(reports):
-        row, segment = index // segments * size, index % segments
+        row, segment = index // segments * config.engine.micro_batch_size, index % segments
         first = (segment * mesh.context + groups.context.rank()) * count
-        if row < rows:
-            total[row : row + len(report_BT), first : first + count] = report_BT
-    for group in (groups.context, groups.pipeline):
+        place = mine[row : row + len(report_BT), first : first + count]
+        place.copy_(report_BT[: len(place)])
+    for group in (groups.context, groups.data, groups.pipeline):
         if group.size() > 1:
             dist.all_reduce(total, group=group)
     return total[:rows]

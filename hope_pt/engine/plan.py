@@ -15,11 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hope_pt.config.schema import RunConfig
 from hope_pt.engine import cpu
-from hope_pt.engine.compat import Capabilities, accepted, capabilities
+from hope_pt.engine.compat import capabilities
 from hope_pt.engine.launch import Launch
 from hope_pt.engine.mesh import Mesh, check_mesh
 from hope_pt.engine.provider import Provider, choose
@@ -52,7 +51,6 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     groups: ProcessGroups
-    capabilities: Capabilities
     provider: Provider
 
     @property
@@ -89,7 +87,7 @@ def start(config: RunConfig, *, launch: Launch | None = None) -> Plan:
     if device.type == "cpu":
         cpu.redirect()
     _join(config, device, launch)
-    plan = _plan(config, launch=launch, mesh=mesh, device=device, found=found, provider=provider)
+    plan = _plan(config, launch=launch, mesh=mesh, device=device, provider=provider)
     if launch.rank == 0:
         _LOG.info("engine: %d x %s, %s, parts: %s", launch.world_size, device.type, found, provider.name)
     return plan
@@ -105,9 +103,12 @@ def rehearse(config: RunConfig, *, world_size: int, rank: int) -> Plan:
     _check_not_started(launch)
     if not torch.cuda.is_available():
         cpu.redirect()
+    # Registers the backend; a module of torch's tests, which no training run should need.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     dist.init_process_group(backend="fake", store=FakeStore(), rank=rank, world_size=world_size)
     device = torch.device("meta")
-    return _plan(config, launch=launch, mesh=mesh, device=device, found=capabilities(), provider=choose(config.engine, device=device))
+    return _plan(config, launch=launch, mesh=mesh, device=device, provider=choose(config.engine, device=device))
 
 
 def _check_not_started(launch: Launch) -> None:
@@ -115,7 +116,7 @@ def _check_not_started(launch: Launch) -> None:
         raise ParallelError(f"rank {launch.rank}: torch.distributed is already initialised in this process; call engine.stop first")
 
 
-def _plan(config: RunConfig, *, launch: Launch, mesh: Mesh, device: torch.device, found: Capabilities, provider: Provider) -> Plan:
+def _plan(config: RunConfig, *, launch: Launch, mesh: Mesh, device: torch.device, provider: Provider) -> Plan:
     _initialize_model_parallel(config)
     return Plan(
         rank=launch.rank,
@@ -124,7 +125,6 @@ def _plan(config: RunConfig, *, launch: Launch, mesh: Mesh, device: torch.device
         device=device,
         dtype=_DTYPES[config.engine.precision],
         groups=_groups(),
-        capabilities=found,
         provider=provider,
     )
 
@@ -182,17 +182,13 @@ def _join(config: RunConfig, device: torch.device, launch: Launch) -> None:
 def _initialize_model_parallel(config: RunConfig) -> None:
     # The model draws no random numbers (no dropout, initial values by name): no generators to keep apart on tensor-parallel ranks.
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-    options = accepted(
-        parallel_state.initialize_model_parallel,
-        distributed_timeout_minutes=max(1, config.engine.timeout_s // 60),
-        create_gloo_process_groups=False,
-    )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.engine.tensor_parallel,
         pipeline_model_parallel_size=config.engine.pipeline_parallel,
         context_parallel_size=config.engine.context_parallel,
         virtual_pipeline_model_parallel_size=config.engine.virtual_stages if config.engine.virtual_stages > 1 else None,
-        **options,
+        distributed_timeout_minutes=config.engine.timeout_s / 60,  # annotated as whole minutes, and taken as any number
+        create_gloo_process_groups=False,
     )
 
 

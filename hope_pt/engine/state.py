@@ -58,17 +58,24 @@ class EngineState:
             full = init_tensor(name, self._part(name, parameter).full_shape, config=model, seed=seed)
             self._assign(name, self._slice(name, full))
 
-    def shards(self, *, weights_only: bool = False) -> tuple[list[Shard], dict[str, Any]]:
+    def weights(self) -> list[Shard]:
+        """What this rank contributes of the weights."""
+        return self._owned([_Entry(name, "") for name in self.parameters], stored={})
+
+    def shards(self) -> tuple[list[Shard], dict[str, Any]]:
         """What this rank writes, and the scalars, which are the same on every rank."""
         stored = self.optimizer.entries()
         scalars = self._scalars(stored)
+        return self._owned(self._entries(scalars), stored=stored), scalars
+
+    def _owned(self, entries: Sequence[_Entry], *, stored: Mapping[str, Mapping[str, Tensor]]) -> list[Shard]:
         found: list[Shard] = []
-        for index, entry in enumerate(self._entries(scalars, weights_only=weights_only)):
+        for index, entry in enumerate(entries):
             owner = index % self._replicas.size()
             data = self._collect(entry, stored=stored, owner=owner)
             if data is not None and self._writes(entry.parameter):
                 found.append(self._part(entry.parameter, data, name=entry.name))
-        return found, scalars
+        return found
 
     @torch.no_grad()
     def load(self, read: Read, scalars: Mapping[str, Any]) -> None:
@@ -80,20 +87,21 @@ class EngineState:
             if index % self._replicas.size() == self._replicas.rank()
         }
         read([self._part(entry.parameter, data, name=entry.name) for entry, data in mine.items()])
-        stored: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
+        stored: dict[str, dict[str, Tensor]] = {name: {} for name in self.optimizer.pieces}
         for index, entry in enumerate(entries):
-            data = self._spread(entry, mine.get(entry), owner=index % self._replicas.size())
-            if entry.key:
-                stored[entry.parameter][entry.key] = data
-            else:
+            data = self._spread(entry, mine.pop(entry, None), owner=index % self._replicas.size())
+            if not entry.key:
                 self._assign(entry.parameter, data)
+            elif entry.parameter in stored:
+                # Only this rank's part stays; with the distributed optimizer the whole would not fit.
+                stored[entry.parameter][entry.key] = self.optimizer.pieces[entry.parameter].cut(data).clone()
         for name, count in scalars["updates"].items():
             if name in stored:
                 stored[name][_UPDATES] = torch.tensor(float(count))
-        self.optimizer.restore({name: self._cut(name, entry) for name, entry in stored.items()}, num_calls=scalars["clock"])
+        self.optimizer.restore(stored, num_calls=scalars["clock"])
 
-    def gather(self, shards: Iterable[Shard]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU of every rank, from the shards of all ranks."""
+    def gather(self, shards: Iterable[Shard], *, on_all: bool = True) -> dict[str, Tensor]:
+        """Whole tensors on the CPU of every rank, or of the first one, from the shards of all ranks."""
         own = {shard.name: shard for shard in shards}
         if self.plan.world_size == 1:
             return {name: shard.data.cpu() for name, shard in own.items()}
@@ -107,8 +115,12 @@ class EngineState:
             if name in own:
                 shard = own[name]
                 slice_of(data, axis=shard.axis, index=shard.index, count=shard.count).copy_(shard.data)
-            dist.all_reduce(data)
-            whole[name] = data.cpu()
+            if on_all:
+                dist.all_reduce(data)
+            else:
+                dist.reduce(data, dst=0)
+            if on_all or self.plan.rank == 0:
+                whole[name] = data.cpu()
         return whole
 
     def reader(self, tensors: Mapping[str, Tensor]) -> Read:
@@ -130,11 +142,9 @@ class EngineState:
 
         return read
 
-    def _entries(self, scalars: Mapping[str, Any], *, weights_only: bool = False) -> list[_Entry]:
+    def _entries(self, scalars: Mapping[str, Any]) -> list[_Entry]:
         """The stored tensors of this rank's parameters, in the order that decides their owners."""
         entries = [_Entry(name, "") for name in self.parameters]
-        if weights_only:
-            return entries
         entries += [_Entry(name, key) for name in self.parameters if scalars["updates"].get(name) for key in _MOMENTS]
         return entries + [_Entry(name, ACCUMULATED) for name in self.parameters if name in scalars["open"]]
 
@@ -169,11 +179,6 @@ class EngineState:
         piece = self.optimizer.pieces.get(name)
         if piece:
             piece.main.data.copy_(piece.cut(value))
-
-    def _cut(self, name: str, entry: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of each tensor, {} where it has none of the parameter."""
-        piece = self.optimizer.pieces.get(name)
-        return {key: value if key == _UPDATES else piece.cut(value).clone() for key, value in entry.items()} if piece else {}
 
     def _collect(self, entry: _Entry, *, stored: Mapping[str, Mapping[str, Tensor]], owner: int) -> Tensor | None:
         """The tensor on its owner, fp32 on the CPU, None on the others."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hope_pt.config.schema import RunConfig
 from hope_pt.engine.compat import quiet
-from hope_pt.engine.micro import BatchLike, MicroBatch, join_losses, micro_batches
+from hope_pt.engine.micro import BatchLike, MicroBatch, join_losses, micro_batches, own_rows
 from hope_pt.engine.model import build_model, named_parameters
 from hope_pt.engine.optimizer import OuterOptimizer
 from hope_pt.engine.plan import Plan
@@ -96,21 +96,28 @@ class TrainEngine:
     def token_losses(self, batch: BatchLike) -> Tensor:
         """Loss of every token in nats, [B, T] fp32, for any number of rows; the loss mask is ignored and nothing changes.
 
-        A collective of the ranks of one model, which give the same rows; all of them get the result.
+        A collective of the job: every rank gives the same rows and gets the losses of all of them; data-parallel ranks divide the work.
         """
-        micros = micro_batches(batch, config=self.config, plan=self.plan, whole=self.plan.mesh.pipeline > 1)
+        own = own_rows(batch, plan=self.plan)
+        micros = micro_batches(own, config=self.config, plan=self.plan, whole=self.plan.mesh.pipeline > 1)
         with _named_rank(self.plan):
             return join_losses(self._run(micros, forward_only=True), rows=len(batch.tokens_BT), config=self.config, plan=self.plan)
 
-    def export(self) -> dict[str, Tensor]:
-        """All weights in fp32 on the CPU under HopeLM's names (the masters where the model is bf16); a collective."""
-        shards, _ = self._state.shards(weights_only=True)
-        return {name.removeprefix("model."): tensor for name, tensor in self._state.gather(shards).items()}
+    def export(self, *, on_all: bool = True) -> dict[str, Tensor]:
+        """All weights in fp32 on the CPU under HopeLM's names (the masters where the model is bf16); a collective.
 
-    def to_lm(self) -> HopeLM:
-        """A plain HopeLM on the CPU with the weights of `export`; a collective."""
+        on_all: false gives them to the first rank only, and the others {}.
+        """
+        gathered = self._state.gather(self._state.weights(), on_all=on_all)
+        return {name.removeprefix("model."): tensor for name, tensor in gathered.items()}
+
+    def to_lm(self) -> HopeLM | None:
+        """A plain HopeLM with the weights of `export` on the CPU of the first rank, None on the others; a collective."""
+        weights = self.export(on_all=False)
+        if self.plan.rank != 0:
+            return None
         lm = HopeLM(self.config.model, device=torch.device("meta"))
-        lm.load_state_dict(self.export(), assign=True)
+        lm.load_state_dict(weights, assign=True)
         return lm
 
     def shards(self) -> tuple[list[Shard], dict[str, Any]]:

@@ -9,6 +9,19 @@ from hope_pt.evals.ngram import Trigram, Unigram, baselines
 from hope_pt.evals.passkey import passkey
 from hope_pt.evals.recall import recall
 from hope_pt.evals.scoring import TokenLosses, lm_losses
-from hope_pt.evals.suite import evaluate
+from hope_pt.evals.suite import evaluate, has_probe, probe
 
-__all__ = ["TokenLosses", "Trigram", "Unigram", "baselines", "bits_per_byte", "evaluate", "heldout", "lm_losses", "passkey", "recall"]
+__all__ = [
+    "TokenLosses",
+    "Trigram",
+    "Unigram",
+    "baselines",
+    "bits_per_byte",
+    "evaluate",
+    "has_probe",
+    "heldout",
+    "lm_losses",
+    "passkey",
+    "probe",
+    "recall",
+]

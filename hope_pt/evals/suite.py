@@ -1,4 +1,4 @@
-"""The evaluations that fit a run's configuration, in one call: what the training hook and `hope eval` run."""
+"""The evaluations that fit a run's configuration: the held-out loss, and a probe that reads the model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ if TYPE_CHECKING:
 
 
 def evaluate(lm: HopeLM, source: Source, *, config: RunConfig) -> dict[str, float]:
-    """Held-out loss; for text the passkey probe too (if `eval.passkey`), for associative recall the accuracy. `source` is held out."""
-    batch_size = config.engine.micro_batch_size
-    sequences = config.eval.sequences
+    """Held-out loss and probe of a model in one process: what `hope eval` runs. `source` is held out."""
     losses = lm_losses(lm, document_reset=config.data.document_reset)
-    result = heldout(losses, source, sequences=sequences, batch_size=batch_size)
+    result = heldout(losses, source, sequences=config.eval.sequences, batch_size=config.engine.micro_batch_size)
+    return result | (probe(lm, source, config=config) if has_probe(source, config=config) else {})
+
+
+def has_probe(source: Source, *, config: RunConfig) -> bool:
+    """Whether `probe` has something to ask: associative recall, or text with `eval.passkey`."""
+    return isinstance(source, MQARSource) or config.eval.passkey
+
+
+def probe(lm: HopeLM, source: Source, *, config: RunConfig) -> dict[str, float]:
+    """The accuracy of associative recall, or for text the passkey probe."""
+    batch_size = config.engine.micro_batch_size
     if isinstance(source, MQARSource):
-        result |= recall(lm, source, chance=1 / source.num_values, sequences=sequences, batch_size=batch_size)
-    elif config.eval.passkey:
-        result |= passkey(lm, source, batch_size=batch_size)
-    return result
+        return recall(lm, source, chance=1 / source.num_values, sequences=config.eval.sequences, batch_size=batch_size)
+    return passkey(lm, source, batch_size=batch_size)

@@ -1,7 +1,8 @@
 """What the measuring hooks call: evaluations and memory diagnostics of the weights that the engine holds now.
 
-Each builds the single-process model from the engine's full weights, so a number means the same under every parallel layout. All ranks
-measure, because gathering the weights is a collective; the first one writes.
+The held-out loss is the engine's, under its layout and in its precision; data-parallel ranks divide the sequences. The probes that read the
+model token by token (passkey, associative recall, diagnostics) run on the single-process model, which the first rank builds from all
+weights: a model that does not fit one device has to switch them off (`eval.passkey`, `eval.diagnostics_every`).
 """
 
 from collections.abc import Callable
@@ -21,10 +22,15 @@ Measure = Callable[[], dict[str, float]]
 
 
 def evaluation(config: RunConfig, *, trainer: TrainEngine, plan: Plan, heldout: Source) -> Measure:
-    """The evaluations that fit the run (`evals.evaluate`), as `eval/...` values."""
+    """The evaluations that fit the run, as `eval/...` values; the probes' on the first rank only."""
+    rows = config.engine.micro_batch_size * plan.dp_size
 
     def measure() -> dict[str, float]:
-        return evals.evaluate(trainer.to_lm().to(plan.device), heldout, config=config)
+        values = evals.heldout(trainer.token_losses, heldout, sequences=config.eval.sequences, batch_size=rows)
+        if evals.has_probe(heldout, config=config):
+            lm = trainer.to_lm()
+            values |= evals.probe(lm.to(plan.device), heldout, config=config) if lm else {}
+        return values
 
     return measure
 
@@ -40,10 +46,11 @@ def baselines(config: RunConfig, *, train: Source, heldout: Source) -> Measure:
 
 
 def diagnostics(*, trainer: TrainEngine, plan: Plan, heldout: Source) -> Measure:
-    """Per layer eta, alpha, surprise, memory norm and drift on the first held-out sequences, as `memory/...` values."""
+    """Per layer eta, alpha, surprise, memory norm and drift on the first held-out sequences, as `memory/...` values, on the first rank."""
     tokens_BT = heldout.read(np.arange(min(DIAGNOSTIC_SEQUENCES, heldout.num_samples))).tokens_BT
 
     def measure() -> dict[str, float]:
-        return nn.diagnostics(trainer.to_lm().to(plan.device), tokens_BT.to(plan.device))
+        lm = trainer.to_lm()
+        return nn.diagnostics(lm.to(plan.device), tokens_BT.to(plan.device)) if lm else {}
 
     return measure

@@ -179,11 +179,11 @@ def losses_by_rank(launch, config, rows):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize(
     "layout",
-    [{"pipeline_parallel": 2, "virtual_stages": 2}, {"context_parallel": 2, **STATE}, {"tensor_parallel": 2, "segments": 4}],
-    ids=["pp2 vpp2", "cp2 state", "tp2 segments"],
+    [{"pipeline_parallel": 2, "virtual_stages": 2}, {"context_parallel": 2, **STATE}, {"tensor_parallel": 2, "segments": 4}, OVERLAP],
+    ids=["pp2 vpp2", "cp2 state", "tp2 segments", "dp2 distributed overlap"],
 )
 def test_token_losses_are_whole_on_every_rank(layout, rows):
     config = config_of("fast", micro_batch_size=2, **layout)

@@ -69,11 +69,6 @@ def test_symbols_are_looked_up_and_not_names(packages):
     assert compat.problem("broken_build", "X").startswith("cannot be imported: OSError: libcudart.so.11")
 
 
-def test_accepted_drops_what_a_function_does_not_take():
-    assert compat.accepted(lambda a, *, b: None, a=1, b=2, c=3) == {"a": 1, "b": 2}
-    assert compat.accepted(lambda **kwargs: None, c=3) == {"c": 3}
-
-
 @pytest.fixture
 def started():
     plan = engine.start(tiny_run())

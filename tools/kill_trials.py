@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -134,6 +135,8 @@ def _start(root: Path, *, out: str, overrides: list[str]) -> int:
     code = 70
     try:
         code = cli.main(["train", str(root / "run.toml"), f"out={root / out}", *overrides])
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)

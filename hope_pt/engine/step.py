@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hope_pt.config.schema import RunConfig
+from hope_pt.engine.collectives import is_broken
 from hope_pt.engine.compat import quiet
 from hope_pt.engine.micro import BatchLike, MicroBatch, join_losses, micro_batches, own_rows
 from hope_pt.engine.model import build_model, named_parameters
@@ -226,7 +227,6 @@ def _named_rank(plan: Plan) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # gloo raises plain RuntimeError.
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if is_broken(error):
             raise ParallelError(f"rank {plan.rank} of {plan.world_size}: a collective failed: {error}") from error
         raise

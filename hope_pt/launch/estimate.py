@@ -61,6 +61,6 @@ def estimate(config: RunConfig, *, world_size: int, gpu: GPU, documents: int = 1
         sent={stage: sent(config, mesh, stage=stage) for stage in stages},
         bubble=bubble_fraction(mesh),
         checkpoint_bytes=checkpoint_bytes(config),
-        time=step_time(config, mesh, gpu),
+        time=step_time(config, mesh, gpu, documents=documents),
         fits=max(rank.total for rank in ranks) <= budget(gpu),
     )

@@ -39,7 +39,7 @@ def search(config: RunConfig, *, world_size: int, gpu: GPU, documents: int = 1) 
             continue
         fullest = fullest_rank(trial, mesh, documents=documents)
         if fullest.total <= budget(gpu):
-            found.append(Candidate(engine, mesh, fullest, step_time(trial, mesh, gpu)))
+            found.append(Candidate(engine, mesh, fullest, step_time(trial, mesh, gpu, documents=documents)))
     return sorted(found, key=lambda one: (one.time.total, one.fullest.total))
 
 

@@ -58,10 +58,11 @@ class StepTime:
 ASSUMED = Assumptions()
 
 
-def step_time(config: RunConfig, mesh: Mesh, gpu: GPU, *, assumed: Assumptions = ASSUMED) -> StepTime:
-    """The step on `mesh` of `gpu`s."""
+def step_time(config: RunConfig, mesh: Mesh, gpu: GPU, *, documents: int = 1, assumed: Assumptions = ASSUMED) -> StepTime:
+    """The step on `mesh` of `gpu`s when every row of data is `documents` documents."""
+    share = share_of(config, mesh, documents=documents)
     stages = sorted({0, mesh.pipeline // 2, mesh.pipeline - 1})
-    passes = [_pass_s(config, mesh, gpu, assumed, stage=stage) for stage in stages]
+    passes = [_pass_s(config, mesh, share, gpu, assumed, stage=stage) for stage in stages]
     compute, communication = max(passes, key=sum)
     micro = mesh.num_microbatches
     bubble = (mesh.pipeline - 1) / mesh.virtual * (compute + communication)
@@ -94,9 +95,8 @@ def bubble_fraction(mesh: Mesh) -> float:
     return (mesh.pipeline - 1) / (mesh.virtual * mesh.num_microbatches + mesh.pipeline - 1)
 
 
-def _pass_s(config: RunConfig, mesh: Mesh, gpu: GPU, assumed: Assumptions, *, stage: int) -> tuple[float, float]:
+def _pass_s(config: RunConfig, mesh: Mesh, share: activations.Share, gpu: GPU, assumed: Assumptions, *, stage: int) -> tuple[float, float]:
     """(compute, communication) seconds of one micro-batch, forward and backward, on a rank of `stage`."""
-    share = share_of(config, mesh)
     tokens = share.rows * mesh.tokens_per_rank / mesh.tensor
     flops = _flops(config.model, share.core_tokens)
     layers = config.model.num_layers

@@ -48,6 +48,17 @@ def test_what_costs_time_costs_time_here():
     assert time_of(16, tensor_parallel=2, **overlapped).exposed < time_of(16, tensor_parallel=2).exposed
 
 
+def test_documents_cost_the_scans_time_in_the_estimate_and_the_search_alike():
+    def seconds(documents: int) -> tuple[float, float]:
+        config = config_of(micro_batch_size=8)
+        best = search(config, world_size=1, gpu=H100, documents=documents)[0]
+        found = estimate(config.model_copy(update={"engine": best.engine}), world_size=1, gpu=H100, documents=documents)
+        return found.time.total, best.time.total
+
+    one, four = seconds(1), seconds(4)
+    assert one[0] == one[1] < four[0] == four[1]
+
+
 def test_the_search_gives_layouts_that_fit_fastest_first():
     found = search(config_of(), world_size=8, gpu=H100)
     assert [one.time.total for one in found] == sorted(one.time.total for one in found)

@@ -12,7 +12,8 @@ from hope_pt.testing import run_distributed, tiny_model, tiny_run
 from hope_pt.testing.communication import CommunicationCounter
 from hope_pt.testing.layouts import batch_at, with_engine
 
-TOLERANCE = 0.05
+# megatron pads the buffers that its distributed optimizer divides; in models this small that is a visible share of them.
+PADDED, PADDING = {"gradients", "parameters"}, 0.02
 RANKS = 4
 LAYOUTS = {
     "tp2-sp-dp2": {"tensor_parallel": 2},
@@ -74,7 +75,9 @@ def test_the_planner_knows_what_is_sent(counted, layout):
         members = [found for rank, found in enumerate(ranks) if mesh.coordinates(rank)["pipeline"] == stage]
         planned = vars(sent(config, mesh, stage=stage))
         measured = {kind: sum(found[kind] for found in members) / len(members) for kind in planned}
-        assert measured == pytest.approx(planned, rel=TOLERANCE, abs=64), f"stage {stage}"
+        for kind, size in planned.items():
+            padded = config.engine.distributed_optimizer and kind in PADDED
+            assert measured[kind] == pytest.approx(size, rel=PADDING if padded else 0.0, abs=64), f"{kind} of stage {stage}"
         assert max(found["other"] for found in members) <= 64
 
 

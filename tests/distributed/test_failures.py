@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from hope_pt.engine import peers
+from hope_pt.engine.hub import Hub, Limits, Link, Verdict
 from hope_pt.engine.launch import Launch
-from hope_pt.engine.peers import Limits, PeerError, Verdict, Watch
+from hope_pt.engine.peers import PeerError, Watch
 from hope_pt.errors import ConfigError, DivergenceError, ParallelError
 from hope_pt.testing import run_distributed
 
@@ -200,7 +202,7 @@ def test_a_first_rank_that_never_comes_is_named_in_time():
 def test_a_stopped_process_is_killed_only_from_where_its_number_is_known_to_be_its_own(
     monkeypatch, home_of_the_stopped_rank, home_of_the_survivor, killed
 ):
-    monkeypatch.setattr(peers, "_home", lambda: home_of_the_survivor)
+    monkeypatch.setattr(peers, "home", lambda: home_of_the_survivor)
     monkeypatch.setattr(os, "_exit", sys.exit)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         survivor = Watch(Launch(rank=1, world_size=2), limits=Limits(beat_s=0.01, unwind_s=0.01))
@@ -210,6 +212,35 @@ def test_a_stopped_process_is_killed_only_from_where_its_number_is_known_to_be_i
             assert process.poll() is None
             process.communicate(b"\n")
     assert process.returncode == (-signal.SIGKILL if killed else 0)
+
+
+def test_the_hub_of_a_thousand_ranks_hears_all_of_them_and_names_the_one_that_is_gone():
+    size = 1100
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 2 * size + 200:
+        pytest.skip("this process may not open enough files")
+    hub = Hub(size, limits=Limits(), join_s=30.0)
+    thread = threading.Thread(target=hub.run, daemon=True)
+    thread.start()
+    links = [Link(socket.create_connection(("127.0.0.1", hub.port))) for _ in range(size)]
+    for rank, link in enumerate(links):
+        link.send(hello=rank, token=hub.token, host="", home="", pid=0)
+    assert all("welcome" in link.receive(timeout_s=10.0)[0] for link in links)
+    for link in links:
+        link.send(where="engine.step")
+    links[700].send(where="nn.titans")
+    links[700].close()
+    texts = [wait_for_verdict(link) for link in links[:700] + links[701:]]
+    assert set(texts) == {"rank 700 of 1100 was killed or crashed: its process is gone; last seen in nn.titans"}
+    for link in links:
+        link.send(done=True)
+        link.close()
+
+
+def wait_for_verdict(link):
+    while True:
+        for message in link.receive(timeout_s=10.0):
+            if "verdict" in message:
+                return message["verdict"]["text"]
 
 
 def test_one_process_has_no_watch_and_its_errors_pass_unchanged():

@@ -49,10 +49,8 @@ def _model(found: Estimate):
 
 
 def _memory(found: Estimate):
-    mesh = found.mesh
-    layout = f"tensor {mesh.tensor}, context {mesh.context}, data {mesh.data}, pipeline {mesh.pipeline} x {mesh.virtual}"
     verdict = "fits" if found.fits else "does not fit"
-    title = f"bytes per rank: {layout}; {verdict} on {found.gpu.name} ({found.gpu.memory / 1e9:.0f} GB)"
+    title = f"bytes per rank: {found.mesh.describe()}; {verdict} on {found.gpu.name} ({found.gpu.memory / 1e9:.0f} GB)"
     rows = [(name, *(size(getattr(rank.weights, name)) for rank in found.ranks)) for name in vars(found.ranks[0].weights)]
     for name in ("activations", "states", "working", "buffers", "total"):
         label = "  of these, memory states at boundaries" if name == "states" else name

@@ -34,6 +34,10 @@ class Mesh:
         """Processes of the job."""
         return self.tensor * self.context * self.data * self.pipeline
 
+    def describe(self) -> str:
+        """The degrees as words: "tensor 2, context 1, data 4, pipeline 2 x 1", the last factor being the pieces of a stage."""
+        return f"tensor {self.tensor}, context {self.context}, data {self.data}, pipeline {self.pipeline} x {self.virtual}"
+
     def coordinates(self, rank: int) -> dict[str, int]:
         """Position of a rank on every axis: tensor, context, data, pipeline."""
         tensor, rest = rank % self.tensor, rank // self.tensor

@@ -33,7 +33,7 @@ def _build(config: RunConfig, mesh: Mesh, *, stage: int) -> BuiltRank:
         from hope_pt.engine.model import build_model
         from hope_pt.engine.plan import rehearse, stop
 
-        rank = stage * mesh.tensor * mesh.context * mesh.data
+        rank = next(rank for rank in range(mesh.world_size) if mesh.coordinates(rank)["pipeline"] == stage)
         plan = rehearse(config, world_size=mesh.world_size, rank=rank)
         try:
             parameters = [parameter for piece in build_model(config, plan=plan) for parameter in piece.parameters()]

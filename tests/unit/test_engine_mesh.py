@@ -31,6 +31,11 @@ def test_ranks_have_distinct_coordinates_with_tensor_fastest(tensor, context, pi
     assert found[-1] == (pipeline - 1, data - 1, context - 1, tensor - 1)
 
 
+def test_a_layout_in_words():
+    config = config_of(tensor_parallel=2, context_parallel=4, pipeline_parallel=3, virtual_stages=2, rows=15)
+    assert check_mesh(config, world_size=120).describe() == "tensor 2, context 4, data 5, pipeline 3 x 2"
+
+
 @given(pipeline=st.sampled_from([1, 2, 3, 4, 6]), virtual=st.sampled_from([1, 2]))
 def test_stages_hold_every_block_once(pipeline, virtual):
     pieces = virtual if pipeline > 1 else 1

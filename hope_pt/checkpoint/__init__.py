@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there: hashed, committed by one rename, verified on load (DESIGN section 3).
+"""Checkpoints that are either whole or not there: hashed, committed by one rename, verified on load.
 
 All ranks of a job write one checkpoint together, and any number of ranks in any layout reads it. Flow: `train` -> `save` or `Saving` ->
 `engine.storage` (every rank its file), `manifest` (sha256 of every file), `hope_pt.files` (fsync, rename), `retention`; `train` ->

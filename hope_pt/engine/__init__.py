@@ -11,7 +11,7 @@ from hope_pt.engine.compat import prepare_import, quiet
 from hope_pt.engine.launch import Launch
 
 if TYPE_CHECKING:
-    from hope_pt.engine.plan import Plan, ProcessGroups, start, stop
+    from hope_pt.engine.plan import Plan, ProcessGroups, check, start, stop
     from hope_pt.engine.step import StepResult, TrainEngine
     from hope_pt.engine.storage import prepare_write, read_shards
     from hope_pt.engine.tensor_files import read_full
@@ -22,6 +22,7 @@ __all__ = [
     "ProcessGroups",
     "StepResult",
     "TrainEngine",
+    "check",
     "prepare_write",
     "read_full",
     "read_shards",
@@ -32,6 +33,7 @@ __all__ = [
 _HOME = {
     "Plan": "plan",
     "ProcessGroups": "plan",
+    "check": "plan",
     "start": "plan",
     "stop": "plan",
     "StepResult": "step",

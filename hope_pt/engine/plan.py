@@ -76,10 +76,7 @@ def start(config: RunConfig, *, launch: Launch | None = None) -> Plan:
     started an engine.
     """
     launch = launch or Launch()
-    mesh = check_mesh(config, world_size=launch.world_size)
-    device = _device(config, local_rank=launch.local_rank)
-    found = capabilities()
-    provider = choose(config.engine, device=device)
+    mesh, device, provider = check(config, launch=launch)
     _check_not_started(launch)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
@@ -89,8 +86,15 @@ def start(config: RunConfig, *, launch: Launch | None = None) -> Plan:
     _join(config, device, launch)
     plan = _plan(config, launch=launch, mesh=mesh, device=device, provider=provider)
     if launch.rank == 0:
-        _LOG.info("engine: %d x %s, %s, parts: %s", launch.world_size, device.type, found, provider.name)
+        _LOG.info("engine: %d x %s, %s, parts: %s", launch.world_size, device.type, capabilities(), provider.name)
     return plan
+
+
+def check(config: RunConfig, *, launch: Launch) -> tuple[Mesh, torch.device, Provider]:
+    """What `start` would take for this process; its ConfigError or ParallelError, before anything is started or written."""
+    mesh = check_mesh(config, world_size=launch.world_size)
+    device = _device(config, local_rank=launch.local_rank)
+    return mesh, device, choose(config.engine, device=device)
 
 
 def rehearse(config: RunConfig, *, world_size: int, rank: int) -> Plan:

@@ -1,1 +1,1 @@
-"""Readers and writers of what a run measured: metrics.jsonl, the optional tracker, and the HTML report (DESIGN decision 8)."""
+"""Readers and writers of what a run measured: metrics.jsonl, the optional tracker, and the HTML report."""

@@ -1,4 +1,4 @@
-"""The training loop: batch, step, metrics, hooks. Everything else that happens while training is a hook (DESIGN section 4)."""
+"""The training loop: batch, step, metrics, hooks. Everything else that happens while training is a hook."""
 
 import math
 import time

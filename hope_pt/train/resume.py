@@ -11,6 +11,7 @@ import logging
 from hope_pt.checkpoint import Checkpoint
 from hope_pt.config import diff, loads
 from hope_pt.config.schema import RunConfig
+from hope_pt.engine import collectives
 from hope_pt.errors import CheckpointError, ConfigError, DataError
 from hope_pt.optim.schedule import learning_rate
 from hope_pt.train.state import FORMAT
@@ -52,13 +53,13 @@ FREE_UP_TO_ROUNDING = (
 )
 
 
-def check(config: RunConfig, *, checkpoint: Checkpoint, fingerprint: str) -> None:
+def check(config: RunConfig, *, checkpoint: Checkpoint, fingerprint: str, data_parallel: int) -> None:
     """Raises ConfigError naming every key that must not differ, DataError if the samples are not those the run has read."""
     meta = checkpoint.meta
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{checkpoint.path}: state format {meta.get('format')}, this version reads format {FORMAT}")
     stored = loads(meta["config"], source=str(checkpoint.path / "meta.json"))
-    check_config(config, stored=stored, step=checkpoint.step)
+    check_config(config, stored=stored, step=checkpoint.step, data_parallel=(meta["data_parallel"], data_parallel))
     if meta["fingerprint"] != fingerprint:
         raise DataError(
             f"data.path = {config.data.path!r} has fingerprint {fingerprint}, but run {config.name!r} has read data with fingerprint "
@@ -66,8 +67,11 @@ def check(config: RunConfig, *, checkpoint: Checkpoint, fingerprint: str) -> Non
         )
 
 
-def check_config(config: RunConfig, *, stored: RunConfig, step: int) -> None:
-    """Raises ConfigError if `stored`, the configuration of the run's first `step` steps, decides other losses than `config`."""
+def check_config(config: RunConfig, *, stored: RunConfig, step: int, data_parallel: tuple[int, int] = (1, 1)) -> None:
+    """Raises ConfigError if `stored`, the configuration of the run's first `step` steps, decides other losses than `config`.
+
+    data_parallel: degree of those steps, and of the ones to come; which no configuration says.
+    """
     changes = [line for line in diff(stored, config) if not _is_under(line, FREE)]
     rounding = [line for line in changes if _is_under(line, FREE_UP_TO_ROUNDING)]
     refused = [line for line in changes if line not in rounding]
@@ -78,7 +82,10 @@ def check_config(config: RunConfig, *, stored: RunConfig, step: int) -> None:
             f"run {config.name!r} was trained for {step} steps with another configuration ({'; '.join(refused)}); "
             "take the change back, or give this run another name"
         )
-    if rounding:
+    before, now = data_parallel
+    if before != now:
+        rounding.append(f"data-parallel ranks: {before} -> {now}")
+    if rounding and collectives.rank() == 0:
         LOG.warning("continuing with %s: losses agree with the uninterrupted run up to rounding, not bit for bit", "; ".join(rounding))
 
 

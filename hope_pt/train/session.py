@@ -50,6 +50,7 @@ def run(config: RunConfig, *, launch: engine.Launch | None = None, watch: Watch 
     disk) and DivergenceError when a value is not finite. `watch`, entered by the caller, tells every rank of the failure of one.
     """
     launch = launch or engine.Launch()
+    engine.check(config, launch=launch)
     watch = watch or Watch(launch)
     directory = RunDirectory(Path(config.out) / config.name)
     with ExitStack() as stack:
@@ -60,7 +61,7 @@ def run(config: RunConfig, *, launch: engine.Launch | None = None, watch: Watch 
         plan = engine.start(config, launch=launch)
         stack.callback(engine.stop, plan)
         stack.enter_context(watch.reporting())
-        newest = _find(config, directory=directory, fingerprint=train.fingerprint)
+        newest = _find(config, directory=directory, fingerprint=train.fingerprint, data_parallel=plan.dp_size)
         if newest and newest.step >= config.train.steps:
             LOG.info("%s already has its %d steps", directory.path, newest.step)
             return RunResult(path=directory.path, steps=newest.step)
@@ -113,11 +114,11 @@ def _train(
         )
 
 
-def _find(config: RunConfig, *, directory: RunDirectory, fingerprint: str) -> checkpoint.Checkpoint | None:
+def _find(config: RunConfig, *, directory: RunDirectory, fingerprint: str, data_parallel: int) -> checkpoint.Checkpoint | None:
     """The checkpoint to continue from, accepted, or None for a run that has none yet."""
     newest = checkpoint.load_newest(directory.checkpoints)
     if newest:
-        resume.check(config, checkpoint=newest, fingerprint=fingerprint)
+        resume.check(config, checkpoint=newest, fingerprint=fingerprint, data_parallel=data_parallel)
     elif directory.config.exists() and directory.metrics.exists() and metrics.read(directory.metrics):
         resume.check_config(config, stored=loads(directory.config.read_text(encoding="utf-8"), source=str(directory.config)), step=0)
     return newest

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it becomes a running session again (DESIGN decision 6).
+"""What a checkpoint holds, and how it becomes a running session again.
 
 Tensors: `model.*` and `optim.*`, every rank its shards. Meta, as JSON, equal on all ranks: the engine's scalars (step, clocks), the data
 cursor (global samples consumed), seconds trained, the first rank's random generators, the resolved configuration as text and its hash, the
@@ -43,6 +43,7 @@ def capture(engine: Any, *, progress: Progress, config: RunConfig, fingerprint: 
         "config_hash": config_hash(config),
         "fingerprint": fingerprint,
         "code_version": code_version,
+        "data_parallel": engine.plan.dp_size,
         "chunk_lengths": {"memory": config.model.titans.chunk_mem, "projection": config.model.titans.chunk_proj},
     }
     return shards, meta

@@ -25,12 +25,19 @@ def changed(config, **sections):
 
 def stored(config, *, step=4, fingerprint="abc", **meta) -> Checkpoint:
     return Checkpoint(
-        step=step, meta={"format": 2, "config": to_toml(config), "fingerprint": fingerprint, **meta}, path=Path("runs/x/step")
+        step=step,
+        meta={"format": 2, "data_parallel": 1, "config": to_toml(config), "fingerprint": fingerprint, **meta},
+        path=Path("runs/x/step"),
     )
 
 
 def test_the_same_configuration_and_data_continue():
-    resume.check(tiny_run(), checkpoint=stored(tiny_run()), fingerprint="abc")
+    resume.check(tiny_run(), checkpoint=stored(tiny_run()), fingerprint="abc", data_parallel=1)
+
+
+def test_another_number_of_data_parallel_ranks_is_said(caplog):
+    resume.check(tiny_run(), checkpoint=stored(tiny_run()), fingerprint="abc", data_parallel=2)
+    assert "continuing with data-parallel ranks: 1 -> 2: losses agree with the uninterrupted run up to rounding" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -45,19 +52,19 @@ def test_the_same_configuration_and_data_continue():
     ids=str,
 )
 def test_what_decides_no_loss_may_change(change, caplog):
-    resume.check(changed(tiny_run(), **change), checkpoint=stored(tiny_run()), fingerprint="abc")
+    resume.check(changed(tiny_run(), **change), checkpoint=stored(tiny_run()), fingerprint="abc", data_parallel=1)
     assert caplog.text == ""
 
 
 def test_the_layout_may_change_and_the_log_says_what_that_means(caplog):
-    resume.check(changed(tiny_run(), engine={"micro_batch_size": 2}), checkpoint=stored(tiny_run()), fingerprint="abc")
+    resume.check(changed(tiny_run(), engine={"micro_batch_size": 2}), checkpoint=stored(tiny_run()), fingerprint="abc", data_parallel=1)
     assert "engine.micro_batch_size: 1 -> 2" in caplog.text and "not bit for bit" in caplog.text
 
 
 def test_other_keys_are_refused_and_all_are_named():
     other = changed(tiny_run(), optim={"lr": 0.5}, train={"global_batch_size": 8, "steps": 8}, data={"seed": 3}, checkpoint={"every": 9})
     with pytest.raises(ConfigError) as caught:
-        resume.check(other, checkpoint=stored(tiny_run()), fingerprint="abc")
+        resume.check(other, checkpoint=stored(tiny_run()), fingerprint="abc", data_parallel=1)
     message = str(caught.value)
     for line in ("optim.lr: 0.01 -> 0.5", "train.global_batch_size: 4 -> 8", "data.seed: 0 -> 3"):
         assert line in message
@@ -66,12 +73,12 @@ def test_other_keys_are_refused_and_all_are_named():
 
 def test_other_data_is_refused_with_both_fingerprints():
     with pytest.raises(DataError, match="fingerprint new.*fingerprint abc up to step 4"):
-        resume.check(tiny_run(), checkpoint=stored(tiny_run()), fingerprint="new")
+        resume.check(tiny_run(), checkpoint=stored(tiny_run()), fingerprint="new", data_parallel=1)
 
 
 def test_another_state_format_is_refused():
     with pytest.raises(CheckpointError, match="state format 1"):
-        resume.check(tiny_run(), checkpoint=stored(tiny_run(), format=1), fingerprint="abc")
+        resume.check(tiny_run(), checkpoint=stored(tiny_run(), format=1), fingerprint="abc", data_parallel=1)
 
 
 @pytest.mark.parametrize(("schedule", "step", "allowed"), [("cosine", 4, False), ("cosine", 2, True), ("wsd", 4, True), ("wsd", 99, False)])
@@ -79,10 +86,10 @@ def test_the_length_may_change_while_the_past_keeps_its_learning_rates(schedule,
     config = changed(tiny_run(steps=100), optim={"schedule": schedule})
     longer = changed(config, train={"steps": 200})
     if allowed:
-        resume.check(longer, checkpoint=stored(config, step=step), fingerprint="abc")
+        resume.check(longer, checkpoint=stored(config, step=step), fingerprint="abc", data_parallel=1)
     else:
         with pytest.raises(ConfigError, match="train.steps: 100 -> 200"):
-            resume.check(longer, checkpoint=stored(config, step=step), fingerprint="abc")
+            resume.check(longer, checkpoint=stored(config, step=step), fingerprint="abc", data_parallel=1)
 
 
 def test_the_generators_continue_where_they_were():

@@ -1,4 +1,5 @@
-"""Every layout of docs/layouts.md is a layout: its arithmetic holds, and the real engine builds it for its whole world size."""
+"""Every layout of docs/layouts.md is a layout: its arithmetic holds, the real engine builds it for its whole world size, and the table says
+what the planner says."""
 
 import re
 from pathlib import Path
@@ -6,15 +7,23 @@ from pathlib import Path
 import pytest
 
 from hope_pt.config import load
+from hope_pt.engine.mesh import check_mesh
+from hope_pt.launch.communication import sent
 from hope_pt.launch.dry_run import dry_run
+from hope_pt.launch.estimate import stages_to_show
+from hope_pt.launch.gpus import GPUS, budget
+from hope_pt.launch.search import fullest_rank
+from hope_pt.launch.speed import step_time
 from hope_pt.launch.weights import held
 from hope_pt.nn import count_parameters
 
 ROOT = Path(__file__).resolve().parents[3]
-ROW = re.compile(r"^\| (\w+_(?:170m|340m|760m|1p3b)) \| (\d+) \| ([^|]*) \|", re.MULTILINE)
-TABLE = [
-    (name, int(gpus), re.findall(r"[\w.]+=\w+", changes)) for name, gpus, changes in ROW.findall((ROOT / "docs/layouts.md").read_text())
-]
+ROW = re.compile(r"^\| (\w+_(?:170m|340m|760m|1p3b)) \| (\d+) \| ([^|]*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
+ROWS = ROW.findall((ROOT / "docs/layouts.md").read_text())
+TABLE = [(name, int(gpus), re.findall(r"[\w.]+=\w+", changes)) for name, gpus, changes, *_ in ROWS]
+DOCUMENTS, H100 = 4, GPUS["h100"]
+# Following the operations of one scan takes seconds, so a size of every mixer; the attention of the transformers takes none.
+TRACED = {"hope_1p3b", "titans_170m", *(name for name, *_ in TABLE if name.startswith("transformer_"))}
 
 
 def test_the_table_has_every_configuration_at_every_size():
@@ -33,3 +42,19 @@ def test_a_layout_can_be_built(name, gpus, changes):
         assert ranks[0].parameters == count_parameters(config.model)["total"]
     rows = config.engine.micro_batch_size * mesh.num_microbatches * mesh.data
     assert rows == config.train.global_batch_size * config.train.segments
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"), list(zip(ROWS, TABLE, strict=True)), ids=[f"{one[0]}-{one[1]}-{'+'.join(one[2])}" for one in TABLE]
+)
+def test_the_table_says_what_the_planner_says(row, layout):
+    """To the last printed digit: GB sent, and of the configurations in TRACED the peak and the seconds of a step."""
+    name, gpus, changes = layout
+    config = load(ROOT / "configs" / f"{name}.toml", changes)
+    mesh = check_mesh(config, world_size=gpus)
+    most = max(sent(config, mesh, stage=stage).total for stage in stages_to_show(mesh))
+    assert f"{most / 1e9:.2f}" == row[4]
+    if name in TRACED:
+        fullest = fullest_rank(config, mesh, documents=DOCUMENTS).total
+        assert (f"{fullest / 1e9:.1f}", f"{step_time(config, mesh, H100, documents=DOCUMENTS).total:.2f}") == (row[3], row[5])
+        assert fullest <= budget(H100)

@@ -1,7 +1,9 @@
 """Parallel layouts for tests: what an engine computed under any of them as whole tensors, and the same by a plain single-process loop."""
 
+import contextlib
+import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,20 +90,35 @@ def _backward(lm: HopeLM, batch: RandomBatch, *, segments: int) -> float:
     return total
 
 
-def train_on_engine(launch: Launch, config: RunConfig, *, steps: int) -> Trained:
-    """The same steps by `TrainEngine`; every rank returns the same whole tensors."""
-    plan = start(config, launch=launch)
+@contextlib.contextmanager
+def running(config: RunConfig, *, launch: Launch, key: str = "") -> Iterator[TrainEngine]:
+    """A TrainEngine, stopped at the end whatever happens. key: tells apart the jobs that the same workers run one after the other."""
+    # The groups of an earlier job are in cycles with its model, and have threads that would slow down this one. Collected here and not at
+    # the end, where the caller still holds the engine.
+    gc.collect()
+    own = dataclasses.replace(launch, master_addr=f"{launch.master_addr}-{key}") if key else launch
+    plan = start(config, launch=own)
     try:
-        trainer = TrainEngine(config, plan)
+        yield TrainEngine(config, plan)
+    finally:
+        stop(plan)
+
+
+def part_at(trainer: TrainEngine, step: int) -> RandomBatch:
+    """This rank's rows of the global batch of a step."""
+    return batch_at(trainer.config, step).part(dp_rank=trainer.plan.dp_rank, dp_size=trainer.plan.dp_size)
+
+
+def train_on_engine(launch: Launch, config: RunConfig, *, steps: int, key: str = "") -> Trained:
+    """The same steps by `TrainEngine`; every rank returns the same whole tensors. key: as of `running`."""
+    with running(config, launch=launch, key=key) as trainer:
         results = []
         gradients: dict[str, Tensor] = {}
         for step in range(steps):
-            results.append(trainer.step(batch_at(config, step).part(dp_rank=plan.dp_rank, dp_size=plan.dp_size)))
+            results.append(trainer.step(part_at(trainer, step)))
             gradients = gradients or whole_gradients(trainer)
-        losses, norms = (tuple(getattr(result, key) for result in results) for key in ("loss", "grad_norm"))
+        losses, norms = (tuple(getattr(result, name) for result in results) for name in ("loss", "grad_norm"))
         return Trained(losses, norms, gradients, trainer.export())
-    finally:
-        stop(plan)
 
 
 def whole_gradients(trainer: TrainEngine) -> dict[str, Tensor]:
@@ -134,11 +151,8 @@ def train_all(launch: Launch, configs: Sequence[RunConfig], *, steps: int) -> li
     """
     results: list[Trained | str] = []
     for index, config in enumerate(configs):
-        own = Launch(launch.rank, launch.world_size, launch.local_rank, f"{launch.master_addr}-{index}")
         try:
-            results.append(train_on_engine(own, config, steps=steps))
+            results.append(train_on_engine(launch, config, steps=steps, key=f"{index}"))
         except Exception as error:
             results.append(f"rank {launch.rank}: {type(error).__name__}: {error}")
-        # The groups of a case are in cycles with its model; each has threads that would slow down the cases that follow.
-        gc.collect()
     return results

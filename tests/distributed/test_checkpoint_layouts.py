@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from hope_pt import checkpoint
-from hope_pt.engine import Launch, TrainEngine, start, stop
+from hope_pt.engine import Launch, TrainEngine
 from hope_pt.testing import LAYOUT, run_distributed, tiny_model, tiny_run
-from hope_pt.testing.layouts import batch_at, with_engine
+from hope_pt.testing.layouts import part_at, running, with_engine
 from hope_pt.train.state import Progress, capture, restore
 
 SAVED_AFTER, STEPS, ROWS = 5, 10, 2
@@ -58,7 +58,7 @@ def settings(layout: str):
 def advance(trainer: TrainEngine, steps: range, *, saving=None) -> list[float]:
     losses = []
     for step in steps:
-        losses.append(trainer.step(batch_at(trainer.config, step).part(dp_rank=trainer.plan.dp_rank, dp_size=trainer.plan.dp_size)).loss)
+        losses.append(trainer.step(part_at(trainer, step)).loss)
         if saving and saving.advance(wait=step == steps[-1]):
             saving = None
     return losses
@@ -89,12 +89,8 @@ def run_all(launch: Launch, root: Path, tasks: list[tuple[str, str]]) -> list[li
         if target:
             # Nothing may come from the seed.
             config = config.model_copy(update={"train": config.train.model_copy(update={"seed": 7})})
-        plan = start(config, launch=Launch(launch.rank, launch.world_size, launch.local_rank, f"{launch.master_addr}-{index}"))
-        try:
-            trainer = TrainEngine(config, plan)
+        with running(config, launch=launch, key=f"{index}") as trainer:
             results.append(load_and_train(trainer, root / source) if target else train_and_save(trainer, root / source, source))
-        finally:
-            stop(plan)
     return results
 
 

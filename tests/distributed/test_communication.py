@@ -5,12 +5,12 @@ from collections import Counter
 import pytest
 
 from hope_pt.config.schema import RunConfig
-from hope_pt.engine import Launch, TrainEngine, start, stop
+from hope_pt.engine import Launch
 from hope_pt.engine.mesh import check_mesh
 from hope_pt.launch.communication import Sent, sent
 from hope_pt.testing import run_distributed, tiny_model, tiny_run
 from hope_pt.testing.communication import CommunicationCounter
-from hope_pt.testing.layouts import batch_at, with_engine
+from hope_pt.testing.layouts import part_at, running, with_engine
 
 # megatron pads the buffers that its distributed optimizer divides; in models this small that is a visible share of them.
 PADDED, PADDING = {"gradients", "parameters"}, 0.02
@@ -45,14 +45,12 @@ def count(launch: Launch, configs: dict[str, RunConfig]) -> dict[str, Counter]:
     """What this rank sends in a step of every layout; overlapped gathers of weights belong to the step before, so there the second."""
     found = {}
     for name, config in configs.items():
-        plan = start(config, launch=Launch(launch.rank, launch.world_size, launch.local_rank, f"{launch.master_addr}-{name}"))
-        engine = TrainEngine(config, plan)
-        for step in range(1 + config.engine.overlap_param_gather):
-            batch = batch_at(config, step).part(dp_rank=plan.dp_rank, dp_size=plan.dp_size)
-            with CommunicationCounter(plan) as counter:
-                engine.step(batch)
-        found[name] = counter.sent
-        stop(plan)
+        with running(config, launch=launch, key=name) as engine:
+            for step in range(1 + config.engine.overlap_param_gather):
+                batch = part_at(engine, step)
+                with CommunicationCounter(engine.plan) as counter:
+                    engine.step(batch)
+            found[name] = counter.sent
     return found
 
 

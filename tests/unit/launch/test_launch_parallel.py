@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from hope_pt.config.schema import CMSConfig, ModelConfig, RunConfig, TitansConfig
-from hope_pt.engine import Launch, TrainEngine, start, stop
+from hope_pt.engine import Launch
 from hope_pt.engine.mesh import check_mesh
 from hope_pt.launch.allocations import AllocationCounter
 from hope_pt.launch.memory import rank_bytes
 from hope_pt.testing import RandomBatch, run_distributed, tiny_run
-from hope_pt.testing.layouts import with_engine
+from hope_pt.testing.layouts import running, with_engine
 
 LENGTH = 64
 LAYOUTS = {
@@ -40,19 +40,16 @@ def peaks(launch: Launch, configs: dict[str, RunConfig]) -> dict[str, int]:
     """The most bytes that a step of every layout adds on this rank, when all optimizer state exists."""
     found = {}
     for name, config in configs.items():
-        plan = start(config, launch=Launch(launch.rank, launch.world_size, launch.local_rank, f"{launch.master_addr}-{name}"))
-        engine = TrainEngine(config, plan)
-        rows = config.train.global_batch_size // plan.dp_size
-        tokens = torch.randint(0, config.model.vocab_size, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-        starts = torch.zeros(rows, LENGTH, dtype=torch.bool)
-        batch = RandomBatch(tokens[:, :-1], tokens[:, 1:], torch.ones(rows, LENGTH), starts)
-        engine.step(batch)
-        gc.collect()
-        with AllocationCounter(tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)) as counter:
+        with running(config, launch=launch, key=name) as engine:
+            rows = config.train.global_batch_size // engine.plan.dp_size
+            tokens = torch.randint(0, config.model.vocab_size, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+            starts = torch.zeros(rows, LENGTH, dtype=torch.bool)
+            batch = RandomBatch(tokens[:, :-1], tokens[:, 1:], torch.ones(rows, LENGTH), starts)
             engine.step(batch)
-        found[name] = counter.peak
-        stop(plan)
-        del engine
+            gc.collect()
+            with AllocationCounter(tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)) as counter:
+                engine.step(batch)
+            found[name] = counter.peak
     return found
 
 

@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     layouts = search(settings, world_size=arguments.gpus, gpu=gpu, documents=arguments.documents) if arguments.search else []
     if arguments.search and not layouts:
         raise ConfigError(f"no layout of {settings.name} fits {arguments.gpus} x {gpu.name}; give more GPUs, or larger ones")
+    configured = settings
     if layouts:
         settings = settings.model_copy(update={"engine": layouts[0].engine})
     found = estimate(settings, world_size=arguments.gpus, gpu=gpu, documents=arguments.documents)
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(part, "")
     if arguments.search:
         console.print(_layouts(layouts, gpu=gpu, settings=settings))
+        print(f"the tables above are of the fastest: {_overrides(configured, settings) or 'the layout as configured'}")
 
 
 def _model(found: Estimate):
@@ -82,6 +84,12 @@ def _layouts(layouts: list[Candidate], *, gpu: GPU, settings: RunConfig):
         rows.append((degrees, f"{one.engine.micro_batch_size}", one.engine.recompute, optimizer, fullest, f"{time.total:.2f} s"))
     title = f"{settings.name}: {len(layouts)} layouts fit {gpu.name}; the {len(rows)} fastest"
     return table(title, "tensor context data pipeline", "rows", "recompute", "optimizer", "fullest rank", "step", rows=rows)
+
+
+def _overrides(configured: RunConfig, chosen: RunConfig) -> str:
+    """What makes `chosen` of `configured` on a command line."""
+    lines = [line.partition(": ") for line in config.diff(configured, chosen)]
+    return " ".join(f"{key}={change.rpartition(' -> ')[2].strip(chr(34))}" for key, _, change in lines)
 
 
 def _as_dict(one: Candidate) -> dict:

@@ -39,11 +39,11 @@ def _rehearse(arguments: argparse.Namespace) -> None:
     from hope_pt.launch.memory import rank_bytes
 
     mesh, ranks = dry_run(settings, world_size=world_size)
-    degrees = f"tensor {mesh.tensor}, context {mesh.context}, data {mesh.data}, pipeline {mesh.pipeline} x {mesh.virtual}"
     rows = []
     for one in ranks:
         peak = rank_bytes(settings, mesh, stage=one.stage).total
         rows.append((f"{one.rank} (stage {one.stage})", f"{one.blocks}", f"{one.parameters:,}", size(one.weight_bytes), size(peak)))
-    columns = ("rank", "blocks", "parameters", "weights", "peak of a step")
-    Console().print(table(f"{settings.name} on {world_size} processes: {degrees}", *columns, rows=rows))
+    columns = ("rank", "blocks", "parameters", "weights", "planned peak")
+    Console().print(table(f"{settings.name} on {world_size} processes: {mesh.describe()}", *columns, rows=rows))
     print(f"micro-batches a step: {mesh.num_microbatches}; tokens of a sequence on a rank: {mesh.tokens_per_rank}; nothing was run")
+    print(f"planned peak: rows of one document each; `hope estimate --gpus {world_size}` says whether it fits a GPU, packed documents too")

@@ -57,14 +57,16 @@ class Mesh:
 def check_mesh(config: RunConfig, *, world_size: int) -> Mesh:
     """The layout of `world_size` processes; ParallelError or ConfigError with the key that does not fit and what would."""
     engine = config.engine
-    model_size = engine.tensor_parallel * engine.pipeline_parallel * engine.context_parallel
-    if world_size % model_size:
-        raise ParallelError(
-            f"{world_size} processes cannot be divided into groups of {model_size} = engine.tensor_parallel * "
-            "engine.pipeline_parallel * engine.context_parallel; start a multiple of that"
-        )
     _check_heads(config)
     _check_data_parallel(engine)
+    model_size = engine.tensor_parallel * engine.pipeline_parallel * engine.context_parallel
+    if world_size % model_size:
+        processes = "1 process" if world_size == 1 else f"{world_size} processes"
+        raise ParallelError(
+            f"{processes} cannot be divided into groups of engine.tensor_parallel * engine.pipeline_parallel * engine.context_parallel = "
+            f"{engine.tensor_parallel} * {engine.pipeline_parallel} * {engine.context_parallel} = {model_size}; start a multiple of "
+            f"{model_size}, for example torchrun --nproc-per-node {model_size} --no-python hope train ..., or change a degree"
+        )
     data = world_size // model_size
     num_microbatches = _microbatches(config, data=data)
     stage_layers = _stage_layers(config)

@@ -168,7 +168,9 @@ def _hooks(
         return capture(trainer, progress=progress, config=config, fingerprint=train.fingerprint, code_version=code)
 
     hooks.append(
-        CheckpointHook(snapshot, root=directory.checkpoints, layout=str(plan.mesh), config=config.checkpoint, last_step=last, sinks=sinks)
+        CheckpointHook(
+            snapshot, root=directory.checkpoints, layout=plan.mesh.describe(), config=config.checkpoint, last_step=last, sinks=sinks
+        )
     )
     if writer:
         hooks += [StatusHook(directory, num_steps=last), ProgressHook(num_steps=last)]

@@ -77,8 +77,9 @@ class TitansConfig(Section):
     save_every: PositiveInt = 2048
     """Tokens between memory states kept for the backward pass. A longer sequence is recomputed piece by piece, so its memory stays that of
     one piece and the kept states; a sequence up to this length keeps everything and recomputes nothing."""
-    backend: Literal["auto", "reference", "chunked"] = "auto"
-    """Implementation of the scans; "auto" picks the fastest, and the engine logs which one runs."""
+    backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
+    """Implementation of the scans; "auto" picks the fused kernels on a GPU where they compute this rule at these widths, else plain torch
+    ("chunked"), and the engine logs which one runs."""
 
     @model_validator(mode="after")
     def _check(self):

@@ -31,7 +31,7 @@ from hope_pt.engine.optimizer import OuterOptimizer
 from hope_pt.engine.plan import Plan
 from hope_pt.engine.sharding import Shard
 from hope_pt.engine.state import EngineState
-from hope_pt.errors import DataError, ParallelError
+from hope_pt.errors import ConfigError, DataError, ParallelError
 from hope_pt.nn import HopeLM
 from hope_pt.nn.titans import TitansCore
 from hope_pt.optim import learning_rate
@@ -53,6 +53,16 @@ class StepResult:
     skipped: bool
 
 
+def _log_backend(core: TitansCore, plan: Plan) -> None:
+    """Say what the scans run on. ConfigError where a forced backend cannot run here."""
+    try:
+        backend, obstacle = core.backend(plan.device)
+    except ValueError as error:
+        raise ConfigError(f"model.titans.backend: {error}") from None
+    if plan.rank == 0:
+        _LOG.info("memory scans: backend %s%s", backend, f" (no fused kernels: {obstacle})" if obstacle else "")
+
+
 class TrainEngine:
     """A model, its optimizer and their clocks on one rank."""
 
@@ -66,9 +76,9 @@ class TrainEngine:
             self.optimizer = OuterOptimizer(self.parameters, models=self.models, config=config, plan=plan)
         self._state = EngineState(self.parameters, optimizer=self.optimizer, plan=plan)
         self._state.initialize(model=config.model, seed=config.train.seed)
-        backends = {core.backend for model in self.models for core in model.modules() if isinstance(core, TitansCore)}
-        if backends and plan.rank == 0:
-            _LOG.info("memory scans: backend %s", ", ".join(backends))
+        cores = [core for model in self.models for core in model.modules() if isinstance(core, TitansCore)]
+        if cores:
+            _log_backend(cores[0], plan)
 
     def step(self, batch: BatchLike) -> StepResult:
         """Train on this rank's rows of the global batch: [global_batch_size / dp_size, seq_len].

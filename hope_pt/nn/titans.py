@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hope_kernels.backend import choose
-from hope_kernels.memory_scan import BACKENDS, memory_scan
+from hope_kernels.backend import scan_backend
+from hope_kernels.memory_scan import memory_scan
 from hope_kernels.projection_scan import Generated, Inputs, Readout, projection_scan
 from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
 from hope_pt.config.schema import ModelConfig, TitansConfig
@@ -55,7 +55,6 @@ class TitansCore(nn.Module):
         self.rule = memory_rule(titans)
         self.stack = adaptive_streams(titans)
         self.head_width, self.norm_eps = config.head_width, config.norm_eps
-        self.backend = choose("memory scans", backend=titans.backend, available=tuple(BACKENDS))
         heads, width, hidden = num_heads, config.head_width, config.memory_hidden
         shapes = [(hidden, width), (width, hidden)] if titans.memory == "mlp" else [(width, width)]
         self.conv_weight = nn.Parameter(torch.empty(heads, 3 * width, titans.conv_width))
@@ -72,6 +71,11 @@ class TitansCore(nn.Module):
     def num_heads(self) -> int:
         """Heads held here."""
         return len(self.out_norm)
+
+    def backend(self, device: torch.device) -> tuple[str, str]:
+        """(implementation of the scans on a device, why not Triton's or "")."""
+        hidden = self.mem_weights[0].shape[-2]
+        return scan_backend(self.config.backend, rule=self.rule, width=self.head_width, hidden=hidden, device=device)
 
     @property
     def features_per_head(self) -> int:
@@ -166,7 +170,7 @@ class TitansCore(nn.Module):
             masks=masks,
             save_every=self.config.save_every,
             keep_state=keep_state,
-            backend=self.backend,
+            backend=self.backend(inputs.k.device)[0],
         )
 
     def remember(
@@ -196,7 +200,7 @@ class TitansCore(nn.Module):
             read=self.config.read,
             save_every=self.config.save_every,
             keep_state=keep_state,
-            backend=self.backend,
+            backend=self.backend(q.device)[0],
         )  # fmt: skip
         return F.pad(y, (0, 0, skip, 0)), state
 

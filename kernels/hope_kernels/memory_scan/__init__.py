@@ -2,7 +2,8 @@
 
     y, state = memory_scan(q, k, v, eta, log_alpha, state, rule=rule, chunk=64)
 
-`reference` is the token recurrence with inner gradients by autograd, `chunked` the exact chunk form in plain torch.
+`reference` is the token recurrence with inner gradients by autograd, `chunked` the exact chunk form in plain torch, `triton` the same in
+fused kernels.
 """
 
 import torch
@@ -10,7 +11,14 @@ import torch
 from hope_kernels.memory_scan import chunked, reference
 from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
 
-BACKENDS = {"chunked": chunked.memory_scan, "reference": reference.memory_scan}
+
+def _triton(*arguments, **settings):
+    from hope_kernels.memory_scan import triton_
+
+    return triton_.memory_scan(*arguments, **settings)
+
+
+BACKENDS = {"chunked": chunked.memory_scan, "reference": reference.memory_scan, "triton": _triton}
 
 
 def memory_scan(

@@ -11,7 +11,14 @@ from hope_kernels.projection_scan import chunked, reference
 from hope_kernels.projection_scan.generate import Generated, Inputs, Readout
 from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
 
-BACKENDS = {"chunked": chunked.projection_scan, "reference": reference.projection_scan}
+
+def _triton(*arguments, **settings):
+    from hope_kernels.projection_scan import triton_
+
+    return triton_.projection_scan(*arguments, **settings)
+
+
+BACKENDS = {"chunked": chunked.projection_scan, "reference": reference.projection_scan, "triton": _triton}
 
 __all__ = ["BACKENDS", "Generated", "Inputs", "Readout", "projection_scan"]
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from hope_kernels.backend import scan_backend
 from hope_kernels.memory_scan import memory_scan
+from hope_kernels.pointwise.chunked import conv_silu, norm_gate
 from hope_kernels.projection_scan import Generated, Inputs, Readout, projection_scan
 from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
 from hope_pt.config.schema import ModelConfig, TitansConfig
 from hope_pt.nn.layout import Layout, take
-from hope_pt.nn.pointwise import conv_silu, norm_gate
 from hope_pt.nn.state import LayerState
 
 

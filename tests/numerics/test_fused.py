@@ -5,8 +5,8 @@ import torch
 
 from hope_kernels import fused
 from hope_kernels.memory_scan import chunked, memory_scan
+from hope_kernels.pointwise.chunked import conv_silu, norm_gate
 from hope_kernels.rule import MemoryRule, MemoryState
-from hope_pt.nn.pointwise import conv_silu, norm_gate
 
 L, C, K, HIDDEN = 2, 5, 3, 4
 

@@ -1,0 +1,175 @@
+"""The writes of a memory, tile after tile, against the same in float64 torch, differentiated by autograd.
+
+Terms of the tiles are leaves of their own here: their kernels have tests of their own. Legend: L rows, S memories a row, R = L * S.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hope_kernels import fused
+from hope_kernels.memory import surprise
+from hope_kernels.memory_write.triton_ import Signals, States, write_forward
+from hope_kernels.rule import MemoryRule
+from hope_kernels.tiling import Tiling
+from hope_pt.testing.scans import mismatches
+
+FP32 = 1e-5
+BF16 = 5e-3
+BF16_GRADIENT = 1.5e-2
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, regime and masks of one run; the defaults have partial tiles, partial chunks, padding and shared keys."""
+
+    rule: MemoryRule = MemoryRule()
+    rows: int = 1
+    memories: int = 2
+    tokens: int = 21
+    chunk: int = 16
+    tile: int = 16
+    width: int = 12
+    hidden: int = 20
+    keys: str = "random"
+    retention: str = "mixed"
+    masked: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def tiling(self) -> Tiling:
+        return Tiling(tokens=self.tokens, chunk=self.chunk, tile=self.tile)
+
+
+def spans(tiling: Tiling) -> list[tuple[int, int, int, int, bool]]:
+    """(chunk, anchor slot, first token, end token, whether it is the last of its chunk) of every tile."""
+    found = []
+    for chunk in range(tiling.num_chunks):
+        end = min((chunk + 1) * tiling.chunk, tiling.tokens)
+        starts = range(chunk * tiling.chunk, end, tiling.tile)
+        found += [(chunk, chunk * tiling.per_chunk, first, min(first + tiling.tile, end), first == starts[-1]) for first in starts]
+    return found
+
+
+def tile_terms(k: torch.Tensor, eta: torch.Tensor, log_alpha: torch.Tensor, *, rule: MemoryRule, tiling: Tiling) -> dict[str, torch.Tensor]:
+    """y [L, T, K], w, g_prev [L, T] and g_end [L, NT] of every tile."""
+    parts = [fused.terms(k[:, a:b], None, eta[:, a:b], log_alpha[:, a:b], erase=rule.erases(0)) for _, _, a, b, _ in spans(tiling)]
+    joined = {name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("y", "w", "g_prev", "g_end")}
+    return {name: t if name == "y" else t.squeeze(-1) for name, t in joined.items()}
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def leaves_of(case: Case) -> dict[str, torch.Tensor]:
+    """k, v, the terms of the tiles, carried state and start, in float64, rounded to bf16 where the case's operands are."""
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    shape = (case.rows, case.tokens, case.width)
+    shared, own = unit(random(case.rows, 1, case.width)), unit(random(*shape))
+    mixtures = {"random": own, "correlated": unit(shared + 0.176 * own), "identical": shared.expand(shape).clone()}
+    k, v = mixtures[case.keys].to(case.dtype).double(), random(*shape).to(case.dtype).double()
+    eta = torch.rand(shape[:2], generator=generator, dtype=torch.float64)
+    eta[:, ::3] = 1.0
+    log_alpha = -torch.rand(shape[:2], generator=generator, dtype=torch.float64)
+    if case.retention != "mixed":
+        log_alpha[:, ::2] = -20.0 if case.retention == "zero" else 0.0
+    leaves = {"k": k, "v": v} | tile_terms(k, eta, log_alpha, rule=case.rule, tiling=case.tiling)
+    leaves["y"] = leaves["y"].to(case.dtype).double()
+    memories = case.rows * case.memories
+    shapes = [(case.hidden, case.width), (case.width, case.hidden)] if case.rule.memory == "mlp" else [(case.width, case.width)]
+    for name in ("state", "start"):
+        leaves |= {f"{name}.{i}": 0.4 * random(memories, *shape) for i, shape in enumerate(shapes)}
+    return leaves
+
+
+def masks_of(case: Case) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """commit and reset [L, N]."""
+    if not case.masked:
+        return None, None
+    generator = torch.Generator().manual_seed(3)
+    shape = (case.rows, case.tiling.num_chunks)
+    return torch.rand(shape, generator=generator) > 0.4, torch.rand(shape, generator=generator) > 0.5
+
+
+def pick(leaves: dict[str, torch.Tensor], prefix: str) -> tuple[torch.Tensor, ...]:
+    return tuple(t for name, t in leaves.items() if name.startswith(prefix))
+
+
+def twin(leaves: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]:
+    """Signals and slots by plain torch, tile after tile: the specification, differentiable by autograd."""
+    rule, (commit, reset) = case.rule, masks_of(case)
+    k, v, y, w, g_prev, g_end = (leaves[n].repeat_interleave(case.memories, 0) for n in ("k", "v", "y", "w", "g_prev", "g_end"))
+    weights = pick(leaves, "state")
+    slots, signals = [], []
+    for index, (chunk, anchor_slot, first, end, is_last) in enumerate(spans(case.tiling)):
+        at = slice(first, end)
+        if index == anchor_slot:
+            if reset is not None:
+                weights = choose(reset[:, chunk], pick(leaves, "start"), weights, case)
+            anchor = weights
+        slots.append(weights)
+        layers = surprise(anchor, k[:, at], v[:, at], rule)
+        residual = layers[0].delta
+        if rule.erases(0):
+            residual = residual + g_prev[:, at, None] * (k[:, at] @ weights[0].mT)
+        kept = g_end[:, index, None, None]
+        after = (kept * weights[0] - residual.mT @ y[:, at],)
+        found = {"residual": residual}
+        if rule.memory == "mlp":
+            found |= {"error": layers[1].delta, "hidden": layers[1].x}
+            after += (kept * weights[1] - (w[:, at, None] * found["error"]).mT @ found["hidden"],)
+        signals.append(found)
+        weights = choose(commit[:, chunk], after, anchor, case) if commit is not None and is_last else after
+    slots.append(weights)
+    outputs = {f"slots.{i}": torch.stack(each, 1) for i, each in enumerate(zip(*slots, strict=True))}
+    return outputs | {name: torch.cat([s[name] for s in signals], 1) for name in signals[0]}
+
+
+def choose(rows: torch.Tensor, where: tuple, otherwise: tuple, case: Case) -> tuple:
+    return fused.choose(rows.repeat_interleave(case.memories, 0), where, otherwise)
+
+
+def arguments(leaves: dict[str, torch.Tensor], case: Case, device: torch.device) -> tuple[tuple, dict]:
+    """What both launches take: (k, v, terms, states, signals), and the keywords."""
+    low = {name: leaves[name].to(device, case.dtype) for name in ("k", "v", "y")}
+    gates = {name: leaves[name].to(device, torch.float32) for name in ("w", "g_prev", "g_end")}
+    memories, tiling = case.rows * case.memories, case.tiling
+    sizes = {"width": case.width, "hidden": case.hidden, "device": device}
+    states = States.empty(case.rule, memories, tiling.num_tiles + 1, **sizes)
+    for slots, weight in zip(states.weights, pick(leaves, "state"), strict=True):
+        slots[:, 0] = weight
+    signals = Signals.empty(case.rule, memories, case.tokens, dtype=case.dtype, **sizes)
+    commit, reset = (None if m is None else m.to(device, torch.uint8) for m in masks_of(case))
+    start = States(tuple(t.to(device, torch.float32) for t in pick(leaves, "start"))) if case.masked else None
+    keywords = {"rule": case.rule, "tiling": tiling, "tiles": range(tiling.num_tiles), "commit": commit, "reset": reset, "start": start}
+    return (low["k"], low["v"], SimpleNamespace(y=low["y"], **gates), states, signals), keywords
+
+
+def written(states: States, signals: Signals) -> dict[str, torch.Tensor]:
+    found = {f"slots.{i}": t for i, t in enumerate(states.weights)}
+    return found | {n: getattr(signals, n) for n in ("residual", "error", "hidden") if getattr(signals, n) is not None}
+
+
+LINEAR = MemoryRule(memory="linear")
+CASES = {
+    "default": Case(),
+    "multi tile": Case(tokens=75, chunk=40),
+    "masked": Case(rows=2, tokens=56, chunk=24, masked=True),
+    "masked, one tile": Case(rows=3, memories=1, tokens=40, masked=True),
+    "linear masked": Case(rule=LINEAR, rows=2, tokens=75, chunk=24, masked=True),
+    "linear": Case(rule=LINEAR),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_forward(case, dtype, device):
+    case = Case(**{**case.__dict__, "dtype": dtype})
+    leaves = leaves_of(case)
+    positional, keywords = arguments(leaves, case, device)
+    write_forward(*positional, **keywords)
+    assert not mismatches(written(*positional[3:]), twin(leaves, case), tolerance=FP32 if dtype == torch.float32 else BF16)

@@ -87,52 +87,158 @@ def _tokens_of(tile, tokens, CHUNK: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _columns(K: tl.constexpr, BLOCK_K: tl.constexpr, live):
-    """Mask [TILE, BLOCK_K] of what exists of a tile of rows of length K."""
-    if K == BLOCK_K:
-        return live[:, None]
-    else:
-        return live[:, None] & (tl.arange(0, BLOCK_K) < K)[None, :]
+def _slice(x, rows, live, first, K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr):
+    """(pointers [TILE, SLICE] to columns first ... of rows of length K, mask of what exists)."""
+    column = first + tl.arange(0, SLICE)
+    there = live[:, None]
+    if K != BLOCK_K:
+        there = there & (column < K)[None, :]
+    return x + rows[:, None] * K + column[None, :], there
+
+
+@triton.jit
+def _products(
+    a, b, rows, live, K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """a b^T [TILE, TILE] fp32 of the same rows of two matrices, SLICE columns at a time: fewer registers than all at once."""
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for first in tl.range(0, BLOCK_K, SLICE, num_stages=1):
+        at_a, there = _slice(a, rows, live, first, K, BLOCK_K, SLICE)
+        at_b, there = _slice(b, rows, live, first, K, BLOCK_K, SLICE)
+        total += tl.dot(tl.load(at_a, there, 0.0), tl.trans(tl.load(at_b, there, 0.0)), input_precision=PRECISION)
+    return total
 
 
 @triton.jit
 def _terms_forward(
     k, q, eta, log_alpha, g, g_prev, w, g_end, y, m, n, inverse, first_tile, num_tiles, tokens,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ERASE: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ERASE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, line = first_tile + tl.program_id(0), tl.program_id(1).to(tl.int64)
     token, live = _tokens_of(tile, tokens, CHUNK, TILE)
     at = tl.arange(0, TILE)
-    scalar = line * tokens + token
-    wide, wide_live = scalar[:, None] * K + tl.arange(0, BLOCK_K)[None, :], _columns(K, BLOCK_K, live)
-    square = scalar[:, None] * TILE + at[None, :]
-    eta_t = tl.load(eta + scalar, live, 0.0)
-    log_alpha_t = tl.load(log_alpha + scalar, live, 0.0)
-    x = tl.load(k + wide, wide_live, 0.0)
-    coarse_step, fine_step, coarse, fine = _cumulative(log_alpha_t)
+    rows = line * tokens + token
+    square, square_live = rows[:, None] * TILE + at[None, :], live[:, None]
+    eta_t = tl.load(eta + rows, live, 0.0)
+    coarse_step, fine_step, coarse, fine = _cumulative(tl.load(log_alpha + rows, live, 0.0))
     coarse_prev, fine_prev = coarse - coarse_step, fine - fine_step
     coarse_end, fine_end = tl.sum(coarse_step, 0), tl.sum(fine_step, 0)
     w_t = eta_t * tl.exp((coarse_end - coarse) + (fine_end - fine))
-    tl.store(g + scalar, tl.exp(coarse + fine), live)
-    tl.store(g_prev + scalar, tl.exp(coarse_prev + fine_prev), live)
-    tl.store(w + scalar, w_t, live)
+    tl.store(g + rows, tl.exp(coarse + fine), live)
+    tl.store(g_prev + rows, tl.exp(coarse_prev + fine_prev), live)
+    tl.store(w + rows, w_t, live)
     tl.store(g_end + line * num_tiles + tile, tl.exp(coarse_end + fine_end))
-    written = x.to(tl.float32) * w_t[:, None]
     if ERASE:
         before = _ratios(coarse_prev, fine_prev, coarse, fine, at[:, None] > at[None, :])
-        system = before * tl.dot(x, tl.trans(x), input_precision=PRECISION) * eta_t[None, :]
+        system = before * _products(k, k, rows, live, K, BLOCK_K, SLICE, TILE, PRECISION) * eta_t[None, :]
         solved = invert_tile(system, TILE, PRECISION)
-        tl.store(inverse + square, solved, live[:, None])
-        written = tl.dot(tl.trans(solved), written, input_precision=PRECISION)
-    tl.store(y + wide, written.to(y.dtype.element_ty), wide_live)
+        tl.store(inverse + square, solved, square_live)
+    for first in tl.range(0, BLOCK_K, SLICE, num_stages=1):
+        at_k, there = _slice(k, rows, live, first, K, BLOCK_K, SLICE)
+        at_y, there = _slice(y, rows, live, first, K, BLOCK_K, SLICE)
+        written = tl.load(at_k, there, 0.0).to(tl.float32) * w_t[:, None]
+        if ERASE:
+            written = tl.dot(tl.trans(solved), written, input_precision=PRECISION)
+        tl.store(at_y, written.to(y.dtype.element_ty), there)
     if q is not None:
         weights = _ratios(coarse, fine, coarse, fine, at[:, None] >= at[None, :]) * eta_t[None, :]
-        tl.store(n + square, weights.to(n.dtype.element_ty), live[:, None])
-        queries = tl.load(q + wide, wide_live, 0.0)
-        inside = weights * tl.dot(queries, tl.trans(x), input_precision=PRECISION)
+        tl.store(n + square, weights.to(n.dtype.element_ty), square_live)
+        inside = weights * _products(q, k, rows, live, K, BLOCK_K, SLICE, TILE, PRECISION)
         if ERASE:
             inside = tl.dot(inside, solved, input_precision=PRECISION)
-        tl.store(m + square, inside.to(m.dtype.element_ty), live[:, None])
+        tl.store(m + square, inside.to(m.dtype.element_ty), square_live)
+
+
+@triton.jit
+def _or_zero(x, rows, live, TILE: tl.constexpr):
+    """The values of a tile's tokens, zero where there is no tensor."""
+    if x is None:
+        return tl.zeros((TILE,), tl.float32)
+    else:
+        return tl.load(x + rows, live, 0.0)
+
+
+@triton.jit
+def _terms_backward(
+    d_g, d_g_prev, d_w, d_g_end, d_y, d_m, d_n, k, q, eta, log_alpha, y, m, inverse, d_k, d_q, d_eta, d_log_alpha,
+    first_tile, num_tiles, tokens,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ERASE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, line = first_tile + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token, live = _tokens_of(tile, tokens, CHUNK, TILE)
+    at = tl.arange(0, TILE)
+    rows = line * tokens + token
+    square, square_live = rows[:, None] * TILE + at[None, :], live[:, None]
+    eta_t = tl.load(eta + rows, live, 0.0)
+    coarse_step, fine_step, coarse, fine = _cumulative(tl.load(log_alpha + rows, live, 0.0))
+    coarse_prev, fine_prev = coarse - coarse_step, fine - fine_step
+    coarse_end, fine_end = tl.sum(coarse_step, 0), tl.sum(fine_step, 0)
+    keep = tl.exp((coarse_end - coarse) + (fine_end - fine))
+    w_t = keep * eta_t
+    d_log_g = _or_zero(d_g, rows, live, TILE) * tl.exp(coarse + fine)
+    d_log_g_prev = _or_zero(d_g_prev, rows, live, TILE) * tl.exp(coarse_prev + fine_prev)
+    d_w_t = _or_zero(d_w, rows, live, TILE)
+    d_eta_t = tl.zeros((TILE,), tl.float32)
+    d_system = tl.zeros((TILE, TILE), tl.float32)
+    if ERASE:
+        solved = tl.load(inverse + square, square_live, 0.0)
+    if q is not None:
+        d_inside = tl.load(d_m + square, square_live, 0.0)
+        if ERASE:
+            d_inside = tl.dot(d_inside, tl.trans(solved), input_precision=PRECISION)
+            read = tl.load(m + square, square_live, 0.0)
+            d_system = tl.dot(tl.trans(read), d_inside.to(read.dtype), input_precision=PRECISION)
+        ratio = _ratios(coarse, fine, coarse, fine, at[:, None] >= at[None, :])
+        scores = _products(q, k, rows, live, K, BLOCK_K, SLICE, TILE, PRECISION)
+        flow = ratio * (tl.load(d_n + square, square_live, 0.0) + d_inside * scores)
+        d_eta_t += tl.sum(flow, 0)
+        d_log_g += tl.sum(flow * eta_t[None, :], 1)
+        d_scores = (d_inside * ratio * eta_t[None, :]).to(k.dtype.element_ty)
+    for first in tl.range(0, BLOCK_K, SLICE, num_stages=1):
+        at_k, there = _slice(k, rows, live, first, K, BLOCK_K, SLICE)
+        at_y, there = _slice(y, rows, live, first, K, BLOCK_K, SLICE)
+        at_d_y, there = _slice(d_y, rows, live, first, K, BLOCK_K, SLICE)
+        d_written = tl.load(at_d_y, there, 0.0)
+        if ERASE:
+            d_written = tl.dot(solved, d_written, input_precision=PRECISION)
+            solution = tl.load(at_y, there, 0.0)
+            d_system += tl.dot(solution, tl.trans(d_written).to(solution.dtype), input_precision=PRECISION)
+        d_w_t += tl.sum(d_written * tl.load(at_k, there, 0.0).to(tl.float32), 1)
+    if ERASE:
+        before = _ratios(coarse_prev, fine_prev, coarse, fine, at[:, None] > at[None, :])
+        d_gram = d_system * -before
+        flow = d_gram * _products(k, k, rows, live, K, BLOCK_K, SLICE, TILE, PRECISION)
+        d_eta_t += tl.sum(flow, 0)
+        d_log_g_prev += tl.sum(flow * eta_t[None, :], 1)
+        d_gram *= eta_t[None, :]
+        d_gram = (d_gram + tl.trans(d_gram)).to(k.dtype.element_ty)
+    d_eta_t += d_w_t * keep
+    d_log_end = tl.sum(d_w_t * w_t, 0)
+    if d_g_end is not None:
+        d_log_end += tl.load(d_g_end + line * num_tiles + tile) * tl.exp(coarse_end + fine_end)
+    # every use of eta_s comes with 1 / g_s; log g is a cumulative sum
+    later = tl.cumsum(d_log_g + d_log_g_prev - eta_t * d_eta_t, 0, reverse=True) + d_log_end
+    tl.store(d_eta + rows, d_eta_t, live)
+    tl.store(d_log_alpha + rows, later - d_log_g_prev, live)
+    for first in tl.range(0, BLOCK_K, SLICE, num_stages=1):
+        at_k, there = _slice(k, rows, live, first, K, BLOCK_K, SLICE)
+        at_d_y, there = _slice(d_y, rows, live, first, K, BLOCK_K, SLICE)
+        at_d_k, there = _slice(d_k, rows, live, first, K, BLOCK_K, SLICE)
+        x = tl.load(at_k, there, 0.0)
+        d_x = tl.load(at_d_y, there, 0.0)
+        if ERASE:
+            d_x = tl.dot(solved, d_x, input_precision=PRECISION)
+        d_x *= w_t[:, None]
+        if ERASE:
+            d_x += tl.dot(d_gram, x, input_precision=PRECISION)
+        if q is not None:
+            at_q, there = _slice(q, rows, live, first, K, BLOCK_K, SLICE)
+            at_d_q, there = _slice(d_q, rows, live, first, K, BLOCK_K, SLICE)
+            d_x += tl.dot(tl.trans(d_scores), tl.load(at_q, there, 0.0), input_precision=PRECISION)
+            tl.store(at_d_q, tl.dot(d_scores, x, input_precision=PRECISION), there)
+        tl.store(at_d_k, d_x, there)
 
 
 def _precision(operands: torch.Tensor) -> str:
@@ -141,7 +247,8 @@ def _precision(operands: torch.Tensor) -> str:
 
 
 def _sizes(k: torch.Tensor, tiling: Tiling) -> dict[str, int]:
-    return {"K": k.shape[-1], "BLOCK_K": padded(k.shape[-1]), "CHUNK": tiling.chunk, "TILE": tiling.tile}
+    block = padded(k.shape[-1])
+    return {"K": k.shape[-1], "BLOCK_K": block, "SLICE": min(block, 64), "CHUNK": tiling.chunk, "TILE": tiling.tile}
 
 
 def _check(tiling: Tiling, wide: tuple[torch.Tensor | None, ...], gates: tuple[torch.Tensor, ...]) -> None:
@@ -190,3 +297,35 @@ def chunk_terms(
         PRECISION=_precision(k), num_warps=_warps("terms_forward", k.shape[-1]), num_stages=1,
     )  # fmt: skip
     return terms, inverse
+
+
+def chunk_terms_backward(
+    d_terms: Terms,
+    k: torch.Tensor,
+    q: torch.Tensor | None,
+    eta: torch.Tensor,
+    log_alpha: torch.Tensor,
+    terms: Terms,
+    inverse: torch.Tensor | None,
+    *,
+    tiling: Tiling,
+    erase: bool,
+    tiles: range | None = None,
+    out: tuple[torch.Tensor, ...] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Gradients (d_k, d_q or None, d_eta, d_log_alpha), fp32, from those of the terms: inputs and results of `chunk_terms` otherwise.
+
+    d_terms: y always, m and n with queries, the others may be None. With `out` (four tensors in this order) the tokens of `tiles` are
+    overwritten and the rest stays.
+    """
+    _check(tiling, (k, q, terms.y), (eta, log_alpha))
+    assert all(d is None or (d.dtype == torch.float32 and d.is_contiguous() and d.shape == t.shape) for d, t in zip(d_terms, terms))
+    tiles = range(tiling.num_tiles) if tiles is None else tiles
+    if out is None:
+        wide, gate = (torch.empty(t.shape, dtype=torch.float32, device=k.device) for t in (k, eta))
+        out = wide, None if q is None else torch.empty_like(wide), gate, torch.empty_like(gate)
+    _terms_backward[(len(tiles), k.shape[0])](
+        *d_terms, k, q, eta, log_alpha, terms.y, terms.m, inverse, *out, tiles.start, tiling.num_tiles, tiling.tokens,
+        **_sizes(k, tiling), ERASE=erase, PRECISION=_precision(k), num_warps=_warps("terms_backward", k.shape[-1]), num_stages=1,
+    )  # fmt: skip
+    return out

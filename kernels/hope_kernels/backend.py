@@ -9,6 +9,7 @@ import importlib.util
 import torch
 
 from hope_kernels.rule import MemoryRule
+from hope_kernels.tuning import table, tuning
 
 
 def choose(name: str, *, backend: str, obstacle: str, available: tuple[str, ...] = ("triton", "chunked", "reference")) -> str:
@@ -40,6 +41,18 @@ def triton_obstacle(device: torch.device) -> str:
     return "" if device.type == "cpu" and interpreted() else f"the device is {device.type}, not cuda"
 
 
+def scan_obstacle(rule: MemoryRule, *, width: int, hidden: int) -> str:
+    """Why the Triton scans do not compute a rule at head width K and hidden width F, or ""."""
+    if rule.objective == "dot":
+        return 'objective = "dot" has no kernel'
+    if rule.memory == "mlp" and rule.erases(1):
+        return 'dgd_scope = "layerwise" has no kernel'
+    if tuning(width=width, hidden=hidden if rule.memory == "mlp" else width) is None:
+        largest = "x".join(str(n) for n in max(table()))
+        return f"memories of {width}x{hidden} are larger than the largest kernel, {largest}"
+    return ""
+
+
 @functools.cache
 def scan_backend(backend: str, *, rule: MemoryRule, width: int, hidden: int, device: torch.device) -> tuple[str, str]:
     """(implementation of both memory scans, what keeps Triton's from being used or "").
@@ -47,11 +60,7 @@ def scan_backend(backend: str, *, rule: MemoryRule, width: int, hidden: int, dev
     width, hidden: head width K and hidden width F. On a CPU "auto" is plain torch even where the interpreter could run the kernels.
     Raises ValueError for a forced backend that cannot run.
     """
-    obstacle = triton_obstacle(device)
-    if not obstacle:
-        from hope_kernels.triton_support import scan_obstacle
-
-        obstacle = scan_obstacle(rule, width=width, hidden=hidden)
+    obstacle = triton_obstacle(device) or scan_obstacle(rule, width=width, hidden=hidden)
     if backend == "auto" and device.type != "cuda":
         return "chunked", obstacle or "the device is cpu, not cuda"
     return choose("memory scans", backend=backend, obstacle=obstacle), obstacle

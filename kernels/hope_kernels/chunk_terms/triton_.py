@@ -78,33 +78,33 @@ def _ratios(coarse_t, fine_t, coarse_s, fine_s, kept):
 
 
 @triton.jit
-def _tokens_of(tile, tokens, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """(tokens of a tile [TILE], which of them exist)."""
+def _extent(tile, tokens, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """(first token of a tile, which of its places [TILE] hold a token)."""
     PER_CHUNK: tl.constexpr = (CHUNK + TILE - 1) // TILE
     chunk = tile // PER_CHUNK
-    at = chunk * CHUNK + (tile % PER_CHUNK) * TILE + tl.arange(0, TILE)
-    return at, at < tl.minimum((chunk + 1) * CHUNK, tokens)
+    first = chunk * CHUNK + (tile % PER_CHUNK) * TILE
+    return first, first + tl.arange(0, TILE) < tl.minimum((chunk + 1) * CHUNK, tokens)
 
 
 @triton.jit
-def _slice(x, rows, live, first, K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr):
-    """(pointers [TILE, SLICE] to columns first ... of rows of length K, mask of what exists)."""
+def _slice(x, start, live, first, K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr):
+    """(pointers [TILE, SLICE] to columns first ... of the rows of length K from `start` on, mask of what exists)."""
     column = first + tl.arange(0, SLICE)
     there = live[:, None]
     if K != BLOCK_K:
         there = there & (column < K)[None, :]
-    return x + rows[:, None] * K + column[None, :], there
+    return x + start * K + (tl.arange(0, TILE)[:, None] * K + column[None, :]), there
 
 
 @triton.jit
 def _products(
-    a, b, rows, live, K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr
+    a, b, start, live, K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr
 ):
     """a b^T [TILE, TILE] fp32 of the same rows of two matrices, SLICE columns at a time: fewer registers than all at once."""
     total = tl.zeros((TILE, TILE), tl.float32)
-    for first in tl.range(0, BLOCK_K, SLICE, num_stages=1):
-        at_a, there = _slice(a, rows, live, first, K, BLOCK_K, SLICE)
-        at_b, there = _slice(b, rows, live, first, K, BLOCK_K, SLICE)
+    for column in tl.range(0, BLOCK_K, SLICE, num_stages=1):
+        at_a, there = _slice(a, start, live, column, K, BLOCK_K, SLICE, TILE)
+        at_b, there = _slice(b, start, live, column, K, BLOCK_K, SLICE, TILE)
         total += tl.dot(tl.load(at_a, there, 0.0), tl.trans(tl.load(at_b, there, 0.0)), input_precision=PRECISION)
     return total
 
@@ -116,10 +116,11 @@ def _terms_forward(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, line = first_tile + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    token, live = _tokens_of(tile, tokens, CHUNK, TILE)
+    first, live = _extent(tile, tokens, CHUNK, TILE)
+    start = line * tokens + first  # 64 bits; offsets inside the tile need 32
     at = tl.arange(0, TILE)
-    rows = line * tokens + token
-    square, square_live = rows[:, None] * TILE + at[None, :], live[:, None]
+    rows = start + at
+    square, square_live = at[:, None] * TILE + at[None, :], live[:, None]
     eta_t = tl.load(eta + rows, live, 0.0)
     coarse_step, fine_step, coarse, fine = _cumulative(tl.load(log_alpha + rows, live, 0.0))
     coarse_prev, fine_prev = coarse - coarse_step, fine - fine_step
@@ -131,23 +132,23 @@ def _terms_forward(
     tl.store(g_end + line * num_tiles + tile, tl.exp(coarse_end + fine_end))
     if ERASE:
         before = _ratios(coarse_prev, fine_prev, coarse, fine, at[:, None] > at[None, :])
-        system = before * _products(k, k, rows, live, K, BLOCK_K, SLICE, TILE, PRECISION) * eta_t[None, :]
+        system = before * _products(k, k, start, live, K, BLOCK_K, SLICE, TILE, PRECISION) * eta_t[None, :]
         solved = invert_tile(system, TILE, PRECISION)
-        tl.store(inverse + square, solved, square_live)
-    for first in tl.range(0, BLOCK_K, SLICE, num_stages=1):
-        at_k, there = _slice(k, rows, live, first, K, BLOCK_K, SLICE)
-        at_y, there = _slice(y, rows, live, first, K, BLOCK_K, SLICE)
+        tl.store(inverse + start * TILE + square, solved, square_live)
+    for column in tl.range(0, BLOCK_K, SLICE, num_stages=1):
+        at_k, there = _slice(k, start, live, column, K, BLOCK_K, SLICE, TILE)
+        at_y, there = _slice(y, start, live, column, K, BLOCK_K, SLICE, TILE)
         written = tl.load(at_k, there, 0.0).to(tl.float32) * w_t[:, None]
         if ERASE:
             written = tl.dot(tl.trans(solved), written, input_precision=PRECISION)
         tl.store(at_y, written.to(y.dtype.element_ty), there)
     if q is not None:
         weights = _ratios(coarse, fine, coarse, fine, at[:, None] >= at[None, :]) * eta_t[None, :]
-        tl.store(n + square, weights.to(n.dtype.element_ty), square_live)
-        inside = weights * _products(q, k, rows, live, K, BLOCK_K, SLICE, TILE, PRECISION)
+        tl.store(n + start * TILE + square, weights.to(n.dtype.element_ty), square_live)
+        inside = weights * _products(q, k, start, live, K, BLOCK_K, SLICE, TILE, PRECISION)
         if ERASE:
             inside = tl.dot(inside, solved, input_precision=PRECISION)
-        tl.store(m + square, inside.to(m.dtype.element_ty), square_live)
+        tl.store(m + start * TILE + square, inside.to(m.dtype.element_ty), square_live)
 
 
 @triton.jit
@@ -167,10 +168,11 @@ def _terms_backward(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, line = first_tile + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    token, live = _tokens_of(tile, tokens, CHUNK, TILE)
+    first, live = _extent(tile, tokens, CHUNK, TILE)
+    start = line * tokens + first  # 64 bits; offsets inside the tile need 32
     at = tl.arange(0, TILE)
-    rows = line * tokens + token
-    square, square_live = rows[:, None] * TILE + at[None, :], live[:, None]
+    rows = start + at
+    square, square_live = at[:, None] * TILE + at[None, :], live[:, None]
     eta_t = tl.load(eta + rows, live, 0.0)
     coarse_step, fine_step, coarse, fine = _cumulative(tl.load(log_alpha + rows, live, 0.0))
     coarse_prev, fine_prev = coarse - coarse_step, fine - fine_step
@@ -183,23 +185,23 @@ def _terms_backward(
     d_eta_t = tl.zeros((TILE,), tl.float32)
     d_system = tl.zeros((TILE, TILE), tl.float32)
     if ERASE:
-        solved = tl.load(inverse + square, square_live, 0.0)
+        solved = tl.load(inverse + start * TILE + square, square_live, 0.0)
     if q is not None:
-        d_inside = tl.load(d_m + square, square_live, 0.0)
+        d_inside = tl.load(d_m + start * TILE + square, square_live, 0.0)
         if ERASE:
             d_inside = tl.dot(d_inside, tl.trans(solved), input_precision=PRECISION)
-            read = tl.load(m + square, square_live, 0.0)
+            read = tl.load(m + start * TILE + square, square_live, 0.0)
             d_system = tl.dot(tl.trans(read), d_inside.to(read.dtype), input_precision=PRECISION)
         ratio = _ratios(coarse, fine, coarse, fine, at[:, None] >= at[None, :])
-        scores = _products(q, k, rows, live, K, BLOCK_K, SLICE, TILE, PRECISION)
-        flow = ratio * (tl.load(d_n + square, square_live, 0.0) + d_inside * scores)
+        scores = _products(q, k, start, live, K, BLOCK_K, SLICE, TILE, PRECISION)
+        flow = ratio * (tl.load(d_n + start * TILE + square, square_live, 0.0) + d_inside * scores)
         d_eta_t += tl.sum(flow, 0)
         d_log_g += tl.sum(flow * eta_t[None, :], 1)
         d_scores = (d_inside * ratio * eta_t[None, :]).to(k.dtype.element_ty)
-    for first in tl.range(0, BLOCK_K, SLICE, num_stages=1):
-        at_k, there = _slice(k, rows, live, first, K, BLOCK_K, SLICE)
-        at_y, there = _slice(y, rows, live, first, K, BLOCK_K, SLICE)
-        at_d_y, there = _slice(d_y, rows, live, first, K, BLOCK_K, SLICE)
+    for column in tl.range(0, BLOCK_K, SLICE, num_stages=1):
+        at_k, there = _slice(k, start, live, column, K, BLOCK_K, SLICE, TILE)
+        at_y, there = _slice(y, start, live, column, K, BLOCK_K, SLICE, TILE)
+        at_d_y, there = _slice(d_y, start, live, column, K, BLOCK_K, SLICE, TILE)
         d_written = tl.load(at_d_y, there, 0.0)
         if ERASE:
             d_written = tl.dot(solved, d_written, input_precision=PRECISION)
@@ -209,23 +211,23 @@ def _terms_backward(
     if ERASE:
         before = _ratios(coarse_prev, fine_prev, coarse, fine, at[:, None] > at[None, :])
         d_gram = d_system * -before
-        flow = d_gram * _products(k, k, rows, live, K, BLOCK_K, SLICE, TILE, PRECISION)
+        flow = d_gram * _products(k, k, start, live, K, BLOCK_K, SLICE, TILE, PRECISION)
         d_eta_t += tl.sum(flow, 0)
         d_log_g_prev += tl.sum(flow * eta_t[None, :], 1)
         d_gram *= eta_t[None, :]
         d_gram = (d_gram + tl.trans(d_gram)).to(k.dtype.element_ty)
-    d_eta_t += d_w_t * keep
-    d_log_end = tl.sum(d_w_t * w_t, 0)
+    # Every use of eta_s but w comes with 1 / g_s, and log g is a cumulative sum. w_s has all later alpha: what comes before t.
+    later = tl.cumsum(d_log_g + d_log_g_prev - eta_t * d_eta_t, 0, reverse=True)
+    d_log_w = d_w_t * w_t
+    d_log_alpha_t = later - d_log_g_prev + (tl.cumsum(d_log_w, 0) - d_log_w)
     if d_g_end is not None:
-        d_log_end += tl.load(d_g_end + line * num_tiles + tile) * tl.exp(coarse_end + fine_end)
-    # every use of eta_s comes with 1 / g_s; log g is a cumulative sum
-    later = tl.cumsum(d_log_g + d_log_g_prev - eta_t * d_eta_t, 0, reverse=True) + d_log_end
-    tl.store(d_eta + rows, d_eta_t, live)
-    tl.store(d_log_alpha + rows, later - d_log_g_prev, live)
-    for first in tl.range(0, BLOCK_K, SLICE, num_stages=1):
-        at_k, there = _slice(k, rows, live, first, K, BLOCK_K, SLICE)
-        at_d_y, there = _slice(d_y, rows, live, first, K, BLOCK_K, SLICE)
-        at_d_k, there = _slice(d_k, rows, live, first, K, BLOCK_K, SLICE)
+        d_log_alpha_t += tl.load(d_g_end + line * num_tiles + tile) * tl.exp(coarse_end + fine_end)
+    tl.store(d_eta + rows, d_eta_t + d_w_t * keep, live)
+    tl.store(d_log_alpha + rows, d_log_alpha_t, live)
+    for column in tl.range(0, BLOCK_K, SLICE, num_stages=1):
+        at_k, there = _slice(k, start, live, column, K, BLOCK_K, SLICE, TILE)
+        at_d_y, there = _slice(d_y, start, live, column, K, BLOCK_K, SLICE, TILE)
+        at_d_k, there = _slice(d_k, start, live, column, K, BLOCK_K, SLICE, TILE)
         x = tl.load(at_k, there, 0.0)
         d_x = tl.load(at_d_y, there, 0.0)
         if ERASE:
@@ -234,8 +236,8 @@ def _terms_backward(
         if ERASE:
             d_x += tl.dot(d_gram, x, input_precision=PRECISION)
         if q is not None:
-            at_q, there = _slice(q, rows, live, first, K, BLOCK_K, SLICE)
-            at_d_q, there = _slice(d_q, rows, live, first, K, BLOCK_K, SLICE)
+            at_q, there = _slice(q, start, live, column, K, BLOCK_K, SLICE, TILE)
+            at_d_q, there = _slice(d_q, start, live, column, K, BLOCK_K, SLICE, TILE)
             d_x += tl.dot(tl.trans(d_scores), tl.load(at_q, there, 0.0), input_precision=PRECISION)
             tl.store(at_d_q, tl.dot(d_scores, x, input_precision=PRECISION), there)
         tl.store(at_d_k, d_x, there)

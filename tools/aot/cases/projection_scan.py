@@ -1,0 +1,62 @@
+"""The projection scan: its stacked memories and static streams, forward and backward."""
+
+from itertools import product
+from typing import Any
+
+import torch
+
+from hope_kernels.projection_scan import generate_triton as generate
+from hope_kernels.tuning import padded, tuning
+from tools.aot.case import Case
+
+OPERANDS, FP32 = torch.bfloat16, torch.float32
+STACK = ("k", "eta", "alpha", "v")
+VECTORS = ("xk", "xv", "xq", "k", "v", "q")
+GATES = ("eta", "log_alpha", "scale_k", "scale_v", "scale_q")
+
+
+def _arguments(width: int, *, memory: str, masks: bool) -> dict[str, Any]:
+    """Arguments that both kernels share. memory: "mlp", "linear" or "static"."""
+    names = ("q",) if memory == "static" else STACK
+    tile, block = tuning(width=width, hidden=width).tile, padded(width)
+    weights = {"mlp": ("w2", "w1"), "linear": ("w2",), "static": ()}[memory]
+    found = dict.fromkeys(VECTORS, OPERANDS) | dict.fromkeys(GATES, FP32) | dict.fromkeys(("r_eta", "r_alpha"), FP32)
+    found |= {w: FP32 if w in weights else None for w in ("w2", "w1")}
+    found |= {w.replace("w", "start"): FP32 if masks and w in weights else None for w in ("w2", "w1")}
+    places = {f"PLACE_{name.upper()}": names.index(name) if name in names else -1 for name in generate.STREAMS}
+    return found | places | {
+        "reset": torch.uint8 if masks else None, "eta_max": 1.0, "tokens": 2048, "row": 4096, "heads": 16, "num_chunks": 8,
+        "num_tiles": 8 * 256 // tile, "first_tile": 256 // tile, "K": width, "F": width, "BLOCK_K": block, "BLOCK_F": block, "CHUNK": 256,
+        "TILE": tile, "MEMORY": memory != "static", "LINEAR": memory == "linear", "NORMALIZE_V": False, "PRECISION": "tf32",
+    }  # fmt: skip
+
+
+def _forward(width: int, *, memory: str, masks: bool = False) -> dict[str, Any]:
+    extra = dict.fromkeys(("b_eta", "b_alpha"), FP32) | {"live": FP32 if masks else None, "WRITES": True, "RETENTION": True}
+    return _arguments(width, memory=memory, masks=masks) | extra
+
+
+def _backward(width: int, *, memory: str, masks: bool = False) -> dict[str, Any]:
+    found = _arguments(width, memory=memory, masks=masks)
+    extra: dict[str, Any] = dict.fromkeys(("d_k", "d_v", "d_q"), OPERANDS)
+    inner = ("d_eta", "d_log_alpha", "in_k", "in_v", "in_terms_k", "in_eta", "in_log_alpha", "d_x", "d_readout", "d_bias")
+    extra |= dict.fromkeys(inner, FP32) | {f"d_{name}": found[name] for name in ("w2", "w1", "start2", "start1")}
+    return found | extra | {"stop_tile": 2 * found["first_tile"], "run": found["first_tile"], "PARTS": len(STACK)}
+
+
+def cases() -> list[Case]:
+    """Both memories at every width of the tuning table, the default one also with padding and masks; a launch of static streams."""
+    found = []
+    launches = [(width, memory, False) for width, memory in product((64, 128), ("mlp", "linear"))]
+    for width, memory, masks in [*launches, (48, "mlp", True), (128, "static", False)]:
+        entry = tuning(width=width, hidden=width)
+        settings = {"memory": memory, "masks": masks}
+        name, static = f"{memory}_{width}{'_masks' if masks else ''}", memory == "static"
+        small = "tiles of 32 rows" if entry.tile < 64 else None
+        for kernel, build, label in (
+            (generate._generate_forward, _forward, "generate_forward"),
+            (generate._generate_backward, _backward, "generate_backward"),
+        ):
+            arguments = build(width, **settings)
+            found.append(Case(f"{label}_{name}", kernel, arguments, entry.warps_of(label), min_mma=0 if static else 1, hmma_reason=small))
+    return found

@@ -131,6 +131,9 @@ class ModelConfig(Section):
     """Settings of the feed-forward chain; a transformer's MLP is the case of one level with period 1."""
     tie_embeddings: bool = True
     """Share the embedding matrix with the output head."""
+    head_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
+    """Implementation of head and loss in training and evaluation; "auto" picks the fused kernels on a GPU, else plain torch
+    ("chunked"). Both hold the logits of a block of the vocabulary at a time, "reference" all of them."""
     norm_eps: PositiveFloat = 1e-6
     """Epsilon of every RMSNorm."""
 

@@ -1,8 +1,8 @@
 """hope_pt.nn's blocks inside megatron-core's GPTModel.
 
-    VocabParallelEmbedding -> TransformerBlock[ HopeLayer(HopeBlock) x L, norm ] -> ColumnParallelLinear (tied) -> cross-entropy
+    VocabParallelEmbedding -> TransformerBlock[ HopeLayer(HopeBlock) x L, norm ] -> VocabularyHead (tied): head and cross-entropy
 
-megatron's part is the embedding, the head, the loss, the pipeline plumbing and the parallel linear layers; the mathematics is the same
+megatron's part is the embedding, the pipeline plumbing and the parallel linear layers; the mathematics is the same
 `HopeBlock` that `HopeLM` runs, built with `Parts` that inject those linear layers. Activations are [T, B, D] here: T is this rank's share
 of the sequence, divided over context-parallel ranks and, between the linear layers, over tensor-parallel ranks (sequence parallelism).
 There is no position embedding, no dropout and no bias. Initial values come from `hope_pt.nn.init` by canonical name (engine.state), so
@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from hope_pt.config.schema import EngineConfig, ModelConfig, RunConfig
 from hope_pt.engine.context import run_core
+from hope_pt.engine.head import VocabularyHead
 from hope_pt.engine.plan import Plan
 from hope_pt.engine.provider import Provider
 from hope_pt.engine.sharding import shard_axis
@@ -135,11 +136,28 @@ def _parts(config: TransformerConfig, model: ModelConfig, engine: EngineConfig, 
 
 
 class HopeGPT(GPTModel):
-    """megatron's model without its first message: both copies of a tied embedding get their initial values by name."""
+    """megatron's model with our head and loss, without its first message: both copies of a tied embedding get initial values by name."""
+
+    def __init__(self, *, head_backend: str, **megatron: Any):
+        super().__init__(**megatron)
+        if self.post_process:
+            self.output_layer: VocabularyHead = VocabularyHead(
+                self.output_layer.weight,
+                group=self.pg_collection.tp,
+                sequence_parallel=self.config.sequence_parallel,
+                backend=head_backend,
+            )
 
     def _is_in_embd_group(self) -> bool:
         # Read by the constructor only, to copy the embedding to the last pipeline stage.
         return False
+
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor, **unused: Any) -> Tensor:
+        """What the next stage reads, [T, B, D], or on the last one the loss of every token [B, T] fp32."""
+        if not self.post_process:
+            return hidden_states
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, labels, tied_weight=tied)
 
 
 def transformer_config(config: RunConfig, *, plan: Plan) -> TransformerConfig:
@@ -189,6 +207,7 @@ def build_model(config: RunConfig, *, plan: Plan) -> list[GPTModel]:
 def _build_piece(config: RunConfig, megatron: TransformerConfig, layer: ModuleSpec, *, plan: Plan, piece: int) -> GPTModel:
     model, mesh, norm = config.model, plan.mesh, plan.provider.norm
     gpt = HopeGPT(
+        head_backend=model.head_backend,
         config=megatron,
         transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * len(mesh.layers(plan.stage, piece)), layer_norm=norm),
         vocab_size=model.vocab_size,

@@ -22,6 +22,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from hope_kernels.linear_cross_entropy import head_backend
 from hope_pt.config.schema import RunConfig
 from hope_pt.engine.collectives import is_broken
 from hope_pt.engine.compat import quiet
@@ -63,6 +64,16 @@ def _log_backend(core: TitansCore, plan: Plan) -> None:
         _LOG.info("memory scans: backend %s%s", backend, f" (no fused kernels: {obstacle})" if obstacle else "")
 
 
+def _log_head(config: RunConfig, plan: Plan) -> None:
+    """Say what head and loss run on. ConfigError where a forced backend cannot run here."""
+    try:
+        backend = head_backend(config.model.head_backend, device=plan.device)
+    except ValueError as error:
+        raise ConfigError(f"model.head_backend: {error}") from None
+    if plan.rank == 0:
+        _LOG.info("head and loss: backend %s", backend)
+
+
 class TrainEngine:
     """A model, its optimizer and their clocks on one rank."""
 
@@ -79,6 +90,7 @@ class TrainEngine:
         cores = [core for model in self.models for core in model.modules() if isinstance(core, TitansCore)]
         if cores:
             _log_backend(cores[0], plan)
+        _log_head(config, plan)
 
     def step(self, batch: BatchLike) -> StepResult:
         """Train on this rank's rows of the global batch: [global_batch_size / dp_size, seq_len].

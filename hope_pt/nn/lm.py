@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hope_kernels.linear_cross_entropy import linear_cross_entropy
 from hope_pt.config.schema import ModelConfig
 from hope_pt.nn.block import HopeBlock
 from hope_pt.nn.init import init_parameters
@@ -72,6 +73,23 @@ class HopeLM(nn.Module):
         """
         if return_state and state is None:
             state = self.init_state(tokens_BT.shape[0])
+        hidden, state = self._hidden(tokens_BT, state=state, doc_start_BT=doc_start_BT, mask_BT=mask_BT)
+        logits = F.linear(hidden, self._head_weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), state
+
+    @property
+    def _head_weight(self) -> torch.Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def _hidden(
+        self,
+        tokens_BT: torch.Tensor,
+        *,
+        state: LMState | None = None,
+        doc_start_BT: torch.Tensor | None = None,
+        mask_BT: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, LMState | None]:
+        """(what the head reads [B, T, D], state where one was given); arguments as `forward`."""
         seen = None if state is None else state.seen_B
         shape = (tokens_BT.shape[0], tokens_BT.shape[1])
         layout = model_layout(self.config, shape, mask_BT=mask_BT, doc_start_BT=doc_start_BT, seen_B=seen, device=tokens_BT.device)
@@ -80,10 +98,7 @@ class HopeLM(nn.Module):
         for index, block in enumerate(self.blocks):
             x, layer = block(x, state=None if state is None else state.layers[index], layout=layout)
             layers.append(layer)
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(self.final_norm(x), weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits, None if state is None else LMState(layout.seen_B, tuple(layers))
+        return self.final_norm(x), None if state is None else LMState(layout.seen_B, tuple(layers))
 
     def init_state(self, batch: int) -> LMState:
         """The state before the first token of `batch` fresh documents; at least fp32, constant in context length for memory mixers."""
@@ -92,6 +107,10 @@ class HopeLM(nn.Module):
         return LMState(torch.zeros(batch, dtype=torch.long, device=weight.device), layers)
 
     def token_losses(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, *, doc_start_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """Negative log likelihood of every target in nats, [B, T] fp32; no state is carried."""
-        logits, _ = self(tokens_BT, doc_start_BT=doc_start_BT)
-        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
+        """Negative log likelihood of every target in nats, [B, T] fp32; no state is carried.
+
+        A target that is no token, such as -100, is ignored: its loss is 0.
+        """
+        hidden, _ = self._hidden(tokens_BT, doc_start_BT=doc_start_BT)
+        losses = linear_cross_entropy(hidden.flatten(0, 1), self._head_weight, targets_BT.flatten(), backend=self.config.head_backend)
+        return losses.view_as(targets_BT)

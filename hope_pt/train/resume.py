@@ -50,6 +50,7 @@ FREE_UP_TO_ROUNDING = (
     "engine.threads",
     "model.titans.backend",
     "model.titans.save_every",
+    "model.head_backend",
 )
 
 

@@ -8,6 +8,8 @@ logsumexp is a reduction of one number a token that this package leaves to its c
 Legend: N tokens, D width, V vocabulary (this rank's).
 """
 
+import functools
+
 import torch
 
 from hope_kernels.backend import choose, triton_obstacle
@@ -23,6 +25,7 @@ def _triton(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.T
 BACKENDS = {"chunked": chunked.vocabulary_statistics, "reference": reference.vocabulary_statistics, "triton": _triton}
 
 
+@functools.cache
 def head_backend(backend: str, *, device: torch.device) -> str:
     """The implementation that `backend` means on a device.
 

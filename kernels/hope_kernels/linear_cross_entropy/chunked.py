@@ -5,8 +5,8 @@ the blocks are joined at the end. Backward: the same products again, turned in p
 
     G_nv = d_lse_n exp(l_nv - lse_n) + d_at_target_n [v = target_n]
 
-from which d_W of the block is G^T h, written once, and d_h gains G W. `forward_blocks` and `backward_blocks` take the pointwise steps as functions:
-plain torch here, kernels in triton_.py. Legend: N tokens, D width, V rows of W, C columns of a block of logits.
+from which d_W of the block is G^T h, written once, and d_h gains G W. The pointwise steps are arguments: plain torch here, kernels in
+triton_.py. Legend: N tokens, D width, V rows of W, C columns of a block of logits.
 """
 
 from collections.abc import Callable, Iterator

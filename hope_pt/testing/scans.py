@@ -176,7 +176,7 @@ def run_projection(
 def with_gradients(outputs: dict[str, torch.Tensor], leaves: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The outputs and, as "d<leaf>", the gradients of a fixed random combination of all of them (zero for a leaf that is not used)."""
     generator = torch.Generator().manual_seed(1)
-    pairs = [(t, torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)) for t in outputs.values()]
+    pairs = [(t, torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype)) for t in outputs.values()]
     pairs = [(t, cotangent) for t, cotangent in pairs if t.requires_grad]
     found = torch.autograd.grad([t for t, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True)
     gradients = {f"d{name}": torch.zeros_like(t) if g is None else g for (name, t), g in zip(leaves.items(), found, strict=True)}

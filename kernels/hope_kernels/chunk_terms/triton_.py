@@ -4,14 +4,19 @@ Legend: L = B * H rows, T tokens, K head width, NT tiles of at most TILE tokens 
 the sequence count as x = 0, eta = 0, alpha = 1: they change nothing and are not stored. The mathematics is in README.md.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from hope_kernels.chunk import decay
+from hope_kernels.chunk_terms.tiles import join_tiles, split_tiles
 from hope_kernels.tiling import Tiling
 from hope_kernels.tuning import padded, tuning
+
+FORWARD_SLICE, BACKWARD_SLICE = 64, 32
+"""Columns of the keys that a kernel holds at a time; with more the backward kernel spills at tiles of 64."""
 
 
 class Terms(NamedTuple):
@@ -29,6 +34,10 @@ class Terms(NamedTuple):
     y: torch.Tensor | None
     m: torch.Tensor | None
     n: torch.Tensor | None
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
+"""Of k, q, eta and log_alpha, fp32."""
 
 
 @triton.jit
@@ -97,16 +106,38 @@ def _slice(x, start, live, first, K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE:
 
 
 @triton.jit
-def _products(
-    a, b, start, live, K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr
-):
-    """a b^T [TILE, TILE] fp32 of the same rows of two matrices, SLICE columns at a time: fewer registers than all at once."""
+def _products(a, b, start, live, K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
+    """The product a b^T [TILE, TILE] fp32 of the same rows of two matrices, SLICE columns at a time: fewer registers than all at once."""
     total = tl.zeros((TILE, TILE), tl.float32)
     for column in tl.range(0, BLOCK_K, SLICE, num_stages=1):
         at_a, there = _slice(a, start, live, column, K, BLOCK_K, SLICE, TILE)
         at_b, there = _slice(b, start, live, column, K, BLOCK_K, SLICE, TILE)
         total += tl.dot(tl.load(at_a, there, 0.0), tl.trans(tl.load(at_b, there, 0.0)), input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def _chunk_inverse(
+    k, eta, log_alpha, inverse, tokens,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    first, live = _extent(tl.program_id(0), tokens, CHUNK, TILE)
+    start = tl.program_id(1).to(tl.int64) * tokens + first
+    at = tl.arange(0, TILE)
+    coarse_step, fine_step, coarse, fine = _cumulative(tl.load(log_alpha + start + at, live, 0.0))
+    before = _ratios(coarse - coarse_step, fine - fine_step, coarse, fine, at[:, None] > at[None, :])
+    gram = _products(k, k, start, live, K, BLOCK_K, SLICE, TILE, PRECISION)
+    solved = invert_tile(before * gram * tl.load(eta + start + at, live, 0.0)[None, :], TILE, PRECISION)
+    tl.store(inverse + start * TILE + (at[:, None] * TILE + at[None, :]), solved, live[:, None])
+
+
+@triton.jit
+def _unit_lower_inverse(system, inverse, SIZE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * SIZE * SIZE
+    row, column = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
+    at, there = start + row * SIZE + column, (row < SIZE) & (column < SIZE)
+    solved = invert_tile(tl.load(system + at, there & (row > column), 0.0), TILE, PRECISION)
+    tl.store(inverse + at, solved, there)
 
 
 @triton.jit
@@ -132,8 +163,8 @@ def _terms_forward(
     tl.store(g_end + line * num_tiles + tile, tl.exp(coarse_end + fine_end))
     if ERASE:
         before = _ratios(coarse_prev, fine_prev, coarse, fine, at[:, None] > at[None, :])
-        system = before * _products(k, k, start, live, K, BLOCK_K, SLICE, TILE, PRECISION) * eta_t[None, :]
-        solved = invert_tile(system, TILE, PRECISION)
+        gram = _products(k, k, start, live, K, BLOCK_K, SLICE, TILE, PRECISION)
+        solved = invert_tile(before * gram * eta_t[None, :], TILE, PRECISION)
         tl.store(inverse + start * TILE + square, solved, square_live)
     for column in tl.range(0, BLOCK_K, SLICE, num_stages=1):
         at_k, there = _slice(k, start, live, column, K, BLOCK_K, SLICE, TILE)
@@ -243,14 +274,16 @@ def _terms_backward(
         tl.store(at_d_k, d_x, there)
 
 
-def _precision(operands: torch.Tensor) -> str:
-    """How fp32 products are taken: as three of tf32 where the operands are fp32, as one where they are bf16."""
-    return "tf32x3" if operands.dtype == torch.float32 else "tf32"
+def _precision(precise: bool) -> str:
+    """How fp32 products are taken: as three of tf32 (where the operands are fp32) or as one (bf16)."""
+    return "tf32x3" if precise else "tf32"
 
 
-def _sizes(k: torch.Tensor, tiling: Tiling) -> dict[str, int]:
+def _sizes(k: torch.Tensor, tiling: Tiling, *, largest_slice: int) -> dict[str, Any]:
+    """Constants of a kernel; largest_slice: columns of the width in registers at a time."""
     block = padded(k.shape[-1])
-    return {"K": k.shape[-1], "BLOCK_K": block, "SLICE": min(block, 64), "CHUNK": tiling.chunk, "TILE": tiling.tile}
+    widths = {"K": k.shape[-1], "BLOCK_K": block, "SLICE": min(block, largest_slice)}
+    return widths | {"CHUNK": tiling.chunk, "TILE": tiling.tile, "PRECISION": _precision(k.dtype == torch.float32)}
 
 
 def _check(tiling: Tiling, wide: tuple[torch.Tensor | None, ...], gates: tuple[torch.Tensor, ...]) -> None:
@@ -268,11 +301,11 @@ def _warps(kernel: str, width: int) -> int:
 def empty_terms(k: torch.Tensor, *, tiling: Tiling, queries: bool, erase: bool) -> tuple[Terms, torch.Tensor | None]:
     """Room for the terms of keys k [L, T, K] and, with the erase, for the inverse: what `chunk_terms` takes as `out`."""
     rows, square = k.shape[:2], (*k.shape[:2], tiling.tile)
-    gates = [torch.empty(rows, dtype=torch.float32, device=k.device) for _ in range(3)]
+    g, g_prev, w = (torch.empty(rows, dtype=torch.float32, device=k.device) for _ in range(3))
     g_end = torch.empty(rows[0], tiling.num_tiles, dtype=torch.float32, device=k.device)
     m, n = (torch.empty(square, dtype=k.dtype, device=k.device) if queries else None for _ in range(2))
     inverse = torch.empty(square, dtype=torch.float32, device=k.device) if erase else None
-    return Terms(*gates, g_end, torch.empty_like(k), m, n), inverse
+    return Terms(g, g_prev, w, g_end, torch.empty_like(k), m, n), inverse
 
 
 def chunk_terms(
@@ -295,8 +328,8 @@ def chunk_terms(
     tiles = range(tiling.num_tiles) if tiles is None else tiles
     terms, inverse = out or empty_terms(k, tiling=tiling, queries=q is not None, erase=erase)
     _terms_forward[(len(tiles), k.shape[0])](
-        k, q, eta, log_alpha, *terms, inverse, tiles.start, tiling.num_tiles, tiling.tokens, **_sizes(k, tiling), ERASE=erase,
-        PRECISION=_precision(k), num_warps=_warps("terms_forward", k.shape[-1]), num_stages=1,
+        k, q, eta, log_alpha, *terms, inverse, tiles.start, tiling.num_tiles, tiling.tokens,
+        **_sizes(k, tiling, largest_slice=FORWARD_SLICE), ERASE=erase, num_warps=_warps("terms_forward", k.shape[-1]), num_stages=1,
     )  # fmt: skip
     return terms, inverse
 
@@ -313,8 +346,8 @@ def chunk_terms_backward(
     tiling: Tiling,
     erase: bool,
     tiles: range | None = None,
-    out: tuple[torch.Tensor, ...] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    out: Gradients | None = None,
+) -> Gradients:
     """Gradients (d_k, d_q or None, d_eta, d_log_alpha), fp32, from those of the terms: inputs and results of `chunk_terms` otherwise.
 
     d_terms: y always, m and n with queries, the others may be None. With `out` (four tensors in this order) the tokens of `tiles` are
@@ -328,6 +361,75 @@ def chunk_terms_backward(
         out = wide, None if q is None else torch.empty_like(wide), gate, torch.empty_like(gate)
     _terms_backward[(len(tiles), k.shape[0])](
         *d_terms, k, q, eta, log_alpha, terms.y, terms.m, inverse, *out, tiles.start, tiling.num_tiles, tiling.tokens,
-        **_sizes(k, tiling), ERASE=erase, PRECISION=_precision(k), num_warps=_warps("terms_backward", k.shape[-1]), num_stages=1,
+        **_sizes(k, tiling, largest_slice=BACKWARD_SLICE), ERASE=erase, num_warps=_warps("terms_backward", k.shape[-1]), num_stages=1,
     )  # fmt: skip
     return out
+
+
+@torch.library.custom_op("hope_kernels::chunk_inverse", mutates_args=())
+def chunk_inverse(k: torch.Tensor, eta: torch.Tensor, log_alpha: torch.Tensor, chunk: int, tile: int) -> torch.Tensor:
+    """See `hope_kernels.chunk_terms.chunk_inverse`."""
+    tiling = Tiling(k.shape[1], chunk, tile)
+    _check(tiling, (k,), (eta, log_alpha))
+    inverse = torch.empty(*eta.shape, tile, dtype=torch.float32, device=eta.device)
+    _chunk_inverse[(tiling.num_tiles, k.shape[0])](
+        k, eta, log_alpha, inverse, tiling.tokens, **_sizes(k, tiling, largest_slice=FORWARD_SLICE),
+        num_warps=_warps("terms_forward", k.shape[-1]), num_stages=1,
+    )  # fmt: skip
+    return inverse
+
+
+@chunk_inverse.register_fake
+def _(k, eta, log_alpha, chunk, tile):
+    return eta.new_empty(*eta.shape, tile)
+
+
+def _save_chunk_inverse(ctx, inputs, output):
+    *tensors, chunk, tile = inputs
+    ctx.tiling = Tiling(tensors[0].shape[1], chunk, tile)
+    ctx.save_for_backward(*tensors, output)
+
+
+def _chunk_inverse_backward(ctx, d_inverse):
+    """In plain torch: the scans never differentiate the inverse alone."""
+    *tensors, inverse = ctx.saved_tensors
+    k, eta, log_alpha, inverse, d_inverse = (split_tiles(t.float(), ctx.tiling) for t in (*tensors, inverse, d_inverse))
+    d_paced = -(inverse.mT @ d_inverse @ inverse.mT) * decay(eta, log_alpha, None, reads=False).before
+    flow = d_paced * (k @ k.mT)
+    d_gram, d_eta = d_paced * eta.unsqueeze(-2), flow.sum(-2)
+    d_log_g_prev = (flow @ eta.unsqueeze(-1)).squeeze(-1)
+    later = (d_log_g_prev - eta * d_eta).flip(-1).cumsum(-1).flip(-1)
+    d_k, d_eta, d_log_alpha = (join_tiles(t, ctx.tiling) for t in ((d_gram + d_gram.mT) @ k, d_eta, later - d_log_g_prev))
+    return d_k.to(tensors[0].dtype), d_eta, d_log_alpha, None, None
+
+
+chunk_inverse.register_autograd(_chunk_inverse_backward, setup_context=_save_chunk_inverse)
+
+
+@torch.library.custom_op("hope_kernels::unit_lower_inverse", mutates_args=())
+def unit_lower_inverse(system: torch.Tensor, precise: bool) -> torch.Tensor:
+    """See `hope_kernels.chunk_terms.unit_lower_inverse`."""
+    size = system.shape[-1]
+    assert system.is_contiguous() and system.dtype == torch.float32 and system.shape[-2] == size <= 64, (system.shape, system.dtype)
+    inverse = torch.empty_like(system)
+    _unit_lower_inverse[(system[..., 0, 0].numel(),)](
+        system, inverse, SIZE=size, TILE=padded(size), PRECISION=_precision(precise), num_warps=4, num_stages=1
+    )
+    return inverse
+
+
+@unit_lower_inverse.register_fake
+def _(system, precise):
+    return torch.empty_like(system)
+
+
+def _save_inverse(ctx, inputs, output):
+    ctx.save_for_backward(output)
+
+
+def _unit_lower_inverse_backward(ctx, d_inverse):
+    (inverse,) = ctx.saved_tensors
+    return -(inverse.mT @ d_inverse @ inverse.mT).tril(-1), None
+
+
+unit_lower_inverse.register_autograd(_unit_lower_inverse_backward, setup_context=_save_inverse)

@@ -38,7 +38,7 @@ def case(
         shapes |= {f"start.{i}": (slots[0], *layer) for i, layer in enumerate(layers)}
     leaves = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     leaves = {name: t * 0.3 if name.startswith(("w.", "start.")) else t for name, t in leaves.items()}
-    leaves = {name: t.to(dtype) if name in rounded else t for name, t in leaves.items()}
+    leaves = {name: t.to(dtype) if name in rounded or name.startswith(("w.", "start.")) else t for name, t in leaves.items()}
     leaves["readout.0"] *= 0.3
     leaves["readout.2"] *= 0.3
     leaves["readout.3"] -= 2.0  # both sides of the bound alpha >= 1/2
@@ -106,18 +106,20 @@ def kernels(
         generate_forward(streams, leaves["live"], stacked, readout, tiles=tiles, out=out, **settings)
     inner = Inner(*(leaves[f"i.{name}"] for name in Inner._fields))
     upstream = tuple(leaves[f"u.{name}"] for name in NAMES)
-    d_x = torch.empty(len(STREAMS), *leaves["k"].shape)
-    d_weights, d_start = tuple(torch.zeros_like(w) for w in weights), tuple(torch.zeros_like(w) for w in start)
+    device = leaves["k"].device
+    d_x = torch.empty(len(STREAMS), *leaves["k"].shape, device=device)
+    d_weights, d_start = ([torch.zeros(w.shape, device=w.device) for w in of] for of in (weights, start))
     runs = -(-tiling.num_tiles // run)
-    sums = [(torch.zeros(2, ROWS, r, leaves["k"].shape[2]), torch.zeros(2, ROWS, r)) for r in (runs, 1)]
-    settings |= {"d_x": d_x, "d_start": d_start}
+    shape = (leaves["k"].shape[2],)
+    sums = [tuple(torch.zeros(2, ROWS, r, *more, device=device) for more in (shape, ())) for r in (runs, 1)]
+    settings |= {"d_x": d_x, "d_start": tuple(d_start)}
     if static.names:
         generate_backward(
             upstream, inner, streams, static, readout, out, tiles=every, run=run, d_weights=(), d_readout=sums[0][0], d_bias=sums[0][1],
             **settings,
         )  # fmt: skip
     for _, tiles, _ in chunks(tiling) if stack else ():
-        adjoint = tuple(torch.zeros_like(w[:, 0]) for w in weights)
+        adjoint = tuple(torch.zeros(w[:, 0].shape, device=device) for w in weights)
         generate_backward(
             upstream, inner, streams, stacked, readout, out, tiles=tiles, run=len(tiles), d_weights=adjoint, d_readout=sums[1][0],
             d_bias=sums[1][1], **settings,

@@ -55,9 +55,9 @@ class Inner(NamedTuple):
 class Anchors:
     """The states that the memories of some streams are read at.
 
-    weights: (W2 [L * S, NT + 1, F, K], W1 [L * S, NT + 1, K, F]) or (W [L * S, NT + 1, K, K],), fp32, S in the order of `names`; slot i is
-    the state at the start of tile i. A chunk is read at the slot of its first tile, or where reset [L, N] uint8 says so at `start`, the
-    weights [L * S, ...]. Without weights the streams are static.
+    weights: (W2 [L * S, NT + 1, F, K], W1 [L * S, NT + 1, K, F]) or (W [L * S, NT + 1, K, K],), S in the order of `names`, in the dtype of
+    the streams; slot i is the state at the start of tile i. A chunk is read at the slot of its first tile, or where reset [L, N] uint8
+    says so at `start`, the weights [L * S, ...]. Without weights the streams are static.
     """
 
     names: tuple[str, ...]
@@ -191,7 +191,7 @@ def _generate_forward(
         if not LINEAR:
             w1_at = _anchor(w1, start1, reset, line, chunk, num_chunks, memory, slot, num_tiles, F * K)
             second = _matrix(w1_at, K, F, BLOCK_K, BLOCK_F)
-            pre = tl.dot(x, tl.trans(first.to(x.dtype)), input_precision=PRECISION)
+            pre = tl.dot(x, tl.trans(first), input_precision=PRECISION)
             hidden = pre * _sigmoid(pre)
     if (stream == 1) | (stream == 2):
         weight, bias, gate_at = r_eta, b_eta, eta
@@ -200,11 +200,11 @@ def _generate_forward(
         r = _vector(weight + (line % heads) * K, K, BLOCK_K)
         logit = tl.load(bias + line % heads) + tl.zeros((TILE,), tl.float32)
         if MEMORY and LINEAR:
-            logit += tl.sum(x32 * tl.sum(first * r[:, None], 0)[None, :], 1)
+            logit += tl.sum(x32 * tl.sum(first.to(tl.float32) * r[:, None], 0)[None, :], 1)
         else:
             logit += tl.sum(x32 * r[None, :], 1)
         if MEMORY and not LINEAR:
-            logit += tl.sum(hidden * tl.sum(second * r[:, None], 0)[None, :], 1)
+            logit += tl.sum(hidden * tl.sum(second.to(tl.float32) * r[:, None], 0)[None, :], 1)
         if stream == 1:
             gate = eta_max * _sigmoid(logit)
             if not WRITES:
@@ -220,9 +220,9 @@ def _generate_forward(
     else:
         value = x32
         if MEMORY and LINEAR:
-            value = tl.dot(x, tl.trans(first.to(x.dtype)), input_precision=PRECISION)
+            value = tl.dot(x, tl.trans(first), input_precision=PRECISION)
         if MEMORY and not LINEAR:
-            value += tl.dot(hidden.to(x.dtype), tl.trans(second.to(x.dtype)), input_precision=PRECISION)
+            value += tl.dot(hidden.to(x.dtype), tl.trans(second), input_precision=PRECISION)
         value_at, scale = k, scale_k
         if stream == 3:
             value_at, scale = v, scale_v
@@ -317,76 +317,89 @@ def _generate_backward(
     if stream == 2:
         weight = r_alpha
     r = _vector(weight + (line % heads) * K, K, BLOCK_K)
-    if MEMORY:
-        PER_CHUNK: tl.constexpr = (CHUNK + TILE - 1) // TILE
-        chunk = begin // PER_CHUNK
-        memory, slot = line * tl.num_programs(1) + place, chunk * PER_CHUNK
-        w2_at = _anchor(w2, start2, reset, line, chunk, num_chunks, memory, slot, num_tiles, F * K)
-        first = _matrix(w2_at, F, K, BLOCK_F, BLOCK_K).to(xk.dtype.element_ty)
-        d_first = tl.zeros((BLOCK_F, BLOCK_K), tl.float32)
-        if not LINEAR:
-            w1_at = _anchor(w1, start1, reset, line, chunk, num_chunks, memory, slot, num_tiles, F * K)
-            second = _matrix(w1_at, K, F, BLOCK_K, BLOCK_F).to(xk.dtype.element_ty)
-            d_second, read_hidden = tl.zeros((BLOCK_K, BLOCK_F), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    read_x, read_one = tl.zeros((BLOCK_K,), tl.float32), 0.0  # sums over tokens of d_logit x, of d_logit silu(W2 x) and of d_logit
-    for tile in tl.range(begin, tl.minimum(begin + run, stop_tile), num_stages=1):
+    end = tl.minimum(begin + run, stop_tile)
+    at_k = tl.arange(0, BLOCK_K)
+    source += line * row * K
+    d_x += (stream * tl.num_programs(2) + line) * tokens * K
+    read_x, read_one = tl.zeros((BLOCK_K,), tl.float32), 0.0  # sums over tokens of d_logit x and of d_logit
+    for tile in tl.range(begin, end, num_stages=1):  # leaves the gradient of M(x) in d_x
         token, exists = _tokens_of(tile, tokens, CHUNK, TILE)
-        wide, wide_mask = _at(token, tl.arange(0, BLOCK_K), exists, K, BLOCK_K)
-        x = tl.load(source + line * row * K + wide, mask=wide_mask, other=0.0)
-        d_logit = tl.zeros((TILE,), tl.float32)
+        wide, wide_mask = _at(token, at_k, exists, K, BLOCK_K)
         if is_gate:
             d_logit = _gate_gradient(
                 eta, log_alpha, d_eta, d_log_alpha, in_eta, in_log_alpha, line, token, exists, row, tokens, stream, eta_max, PARTS > 0
             )
+            x = tl.load(source + wide, mask=wide_mask, other=0.0).to(tl.float32)
+            read_x += tl.sum(x * d_logit[:, None], 0)
+            read_one += tl.sum(d_logit, 0)
             d_out = d_logit[:, None] * r[None, :]
         else:
             d_out = _vector_gradient(
                 k, v, q, scale_k, scale_v, scale_q, d_k, d_v, d_q, in_k, in_v, in_terms_k, line, token, exists, wide, wide_mask, row,
                 tokens, stream, K, PARTS, NORMALIZE_V,
             )  # fmt: skip
-        read_x += tl.sum(x.to(tl.float32) * d_logit[:, None], 0)
-        read_one += tl.sum(d_logit, 0)
-        d_stream = d_out
-        if MEMORY:
-            d_low = d_out.to(x.dtype)
-            if LINEAR:
-                d_stream = tl.dot(d_low, first, input_precision=PRECISION)
-                d_first += tl.dot(tl.trans(d_low), x, input_precision=PRECISION)
-            else:
-                pre = tl.dot(x, tl.trans(first), input_precision=PRECISION)
-                rising = _sigmoid(pre)
-                hidden = pre * rising
-                read_hidden += tl.sum(hidden * d_logit[:, None], 0)
-                d_second += tl.dot(tl.trans(d_low), hidden.to(x.dtype), input_precision=PRECISION)
-                d_pre = tl.dot(d_low, second, input_precision=PRECISION) * (rising + hidden * (1.0 - rising))
-                d_stream += tl.dot(d_pre.to(x.dtype), first, input_precision=PRECISION)
-                d_first += tl.dot(tl.trans(d_pre.to(x.dtype)), x, input_precision=PRECISION)
-        tl.store(d_x + (stream * tl.num_programs(2) + line) * tokens * K + wide, d_stream, mask=wide_mask)
+        tl.store(d_x + wide, d_out, mask=wide_mask)
     if MEMORY:
+        tl.debug_barrier()
+        PER_CHUNK: tl.constexpr = (CHUNK + TILE - 1) // TILE
+        chunk = begin // PER_CHUNK
+        memory, slot = line * tl.num_programs(1) + place, chunk * PER_CHUNK
+        w2_at = _anchor(w2, start2, reset, line, chunk, num_chunks, memory, slot, num_tiles, F * K)
         d_start2_at, d_start1_at, returned = None, None, False
         if reset is not None:
             returned = tl.load(reset + line * num_chunks + chunk) != 0
             d_start2_at = d_start2 + memory * F * K
             if not LINEAR:
                 d_start1_at = d_start1 + memory * F * K
-        _hand_back(d_w2 + memory * F * K, d_start2_at, returned, d_first, F, K, BLOCK_F, BLOCK_K)
-        if not LINEAR:
+        first = _matrix(w2_at, F, K, BLOCK_F, BLOCK_K)
+        if LINEAR:
+            if is_gate:
+                read_x = tl.sum(first.to(tl.float32) * read_x[None, :], 1)
+        else:
+            # The gradients of the two weights are taken one after the other: together they would fill the registers.
+            w1_at = _anchor(w1, start1, reset, line, chunk, num_chunks, memory, slot, num_tiles, F * K)
+            d_second, read_hidden = tl.zeros((BLOCK_K, BLOCK_F), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
+            for tile in tl.range(begin, end, num_stages=1):
+                token, exists = _tokens_of(tile, tokens, CHUNK, TILE)
+                wide, wide_mask = _at(token, at_k, exists, K, BLOCK_K)
+                x = tl.load(source + wide, mask=wide_mask, other=0.0)
+                pre = tl.dot(x, tl.trans(first), input_precision=PRECISION)
+                hidden = pre * _sigmoid(pre)
+                if is_gate:
+                    d_logit = _gate_gradient(
+                        eta, log_alpha, d_eta, d_log_alpha, in_eta, in_log_alpha, line, token, exists, row, tokens, stream, eta_max,
+                        PARTS > 0,
+                    )  # fmt: skip
+                    read_hidden += tl.sum(hidden * d_logit[:, None], 0)
+                d_out = tl.load(d_x + wide, mask=wide_mask, other=0.0).to(x.dtype)
+                d_second += tl.dot(tl.trans(d_out), hidden.to(x.dtype), input_precision=PRECISION)
             _hand_back(d_w1 + memory * F * K, d_start1_at, returned, d_second, K, F, BLOCK_K, BLOCK_F)
+            second = _matrix(w1_at, K, F, BLOCK_K, BLOCK_F)
+            if is_gate:
+                read_x += tl.sum(second.to(tl.float32) * read_hidden[None, :], 1)
+        d_first = tl.zeros((BLOCK_F, BLOCK_K), tl.float32)
+        for tile in tl.range(begin, end, num_stages=1):
+            token, exists = _tokens_of(tile, tokens, CHUNK, TILE)
+            wide, wide_mask = _at(token, at_k, exists, K, BLOCK_K)
+            x = tl.load(source + wide, mask=wide_mask, other=0.0)
+            d_out = tl.load(d_x + wide, mask=wide_mask, other=0.0)
+            d_pre = d_out.to(x.dtype)
+            if not LINEAR:
+                pre = tl.dot(x, tl.trans(first), input_precision=PRECISION)
+                rising = _sigmoid(pre)
+                d_hidden = tl.dot(d_pre, second, input_precision=PRECISION)
+                d_pre = (d_hidden * (rising + pre * rising * (1.0 - rising))).to(x.dtype)
+            d_first += tl.dot(tl.trans(d_pre), x, input_precision=PRECISION)
+            d_read = tl.dot(d_pre, first, input_precision=PRECISION)
+            if not LINEAR:
+                d_read += d_out
+            tl.store(d_x + wide, d_read, mask=wide_mask)
+        _hand_back(d_w2 + memory * F * K, d_start2_at, returned, d_first, F, K, BLOCK_F, BLOCK_K)
     if is_gate:
-        if MEMORY and LINEAR:
-            read_x = tl.sum(_matrix(w2_at, F, K, BLOCK_F, BLOCK_K) * read_x[None, :], 1)
-        if MEMORY and not LINEAR:
-            read_x += tl.sum(_matrix(w1_at, K, F, BLOCK_K, BLOCK_F) * read_hidden[None, :], 1)
         part = ((stream - 1) * tl.num_programs(2) + line) * tl.num_programs(0) + tl.program_id(0)
-        column = tl.arange(0, BLOCK_K)
-        read_x += tl.load(d_readout + part * K + column, mask=column < K, other=0.0)
-        tl.store(d_readout + part * K + column, read_x, mask=column < K)
+        read_x += tl.load(d_readout + part * K + at_k, mask=at_k < K, other=0.0)
+        tl.store(d_readout + part * K + at_k, read_x, mask=at_k < K)
         tl.store(d_bias + part, tl.load(d_bias + part) + read_one)
-
-
-def _places(names: tuple[str, ...]) -> dict[str, int]:
-    """Position of every stream in a launch over `names`, -1 where it is not among them."""
-    return {f"PLACE_{name.upper()}": names.index(name) if name in names else -1 for name in STREAMS}
 
 
 def _settings(
@@ -399,9 +412,9 @@ def _settings(
     assert all(t.stride() == ((row * width, width, 1) if t.dim() == 3 else (row, 1)) for t in (*streams, *whole))
     hidden = anchors.weights[0].shape[2] if anchors.weights else width
     for weights, shape in zip(anchors.weights, ((hidden, width), (width, hidden)), strict=False):
-        assert weights.is_contiguous() and weights.dtype == torch.float32, weights.dtype
+        assert weights.is_contiguous() and weights.dtype == streams[0].dtype, weights.dtype
         assert weights.shape == (rows * len(anchors.names), tiling.num_tiles + 1, *shape), weights.shape
-    assert all(t.is_contiguous() for t in anchors.start)
+    assert all(t.is_contiguous() and t.dtype == streams[0].dtype for t in anchors.start)
     assert anchors.reset is None or (anchors.reset.is_contiguous() and anchors.reset.shape == (rows, tiling.num_chunks))
     tuned = tuning(width=width, hidden=hidden)
     assert tuned is not None

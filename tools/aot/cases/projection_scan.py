@@ -21,8 +21,8 @@ def _arguments(width: int, *, memory: str, masks: bool) -> dict[str, Any]:
     tile, block = tuning(width=width, hidden=width).tile, padded(width)
     weights = {"mlp": ("w2", "w1"), "linear": ("w2",), "static": ()}[memory]
     found = dict.fromkeys(VECTORS, OPERANDS) | dict.fromkeys(GATES, FP32) | dict.fromkeys(("r_eta", "r_alpha"), FP32)
-    found |= {w: FP32 if w in weights else None for w in ("w2", "w1")}
-    found |= {w.replace("w", "start"): FP32 if masks and w in weights else None for w in ("w2", "w1")}
+    found |= {w: OPERANDS if w in weights else None for w in ("w2", "w1")}
+    found |= {w.replace("w", "start"): OPERANDS if masks and w in weights else None for w in ("w2", "w1")}
     places = {f"PLACE_{name.upper()}": names.index(name) if name in names else -1 for name in generate.STREAMS}
     return found | places | {
         "reset": torch.uint8 if masks else None, "eta_max": 1.0, "tokens": 2048, "row": 4096, "heads": 16, "num_chunks": 8,
@@ -40,7 +40,7 @@ def _backward(width: int, *, memory: str, masks: bool = False) -> dict[str, Any]
     found = _arguments(width, memory=memory, masks=masks)
     extra: dict[str, Any] = dict.fromkeys(("d_k", "d_v", "d_q"), OPERANDS)
     inner = ("d_eta", "d_log_alpha", "in_k", "in_v", "in_terms_k", "in_eta", "in_log_alpha", "d_x", "d_readout", "d_bias")
-    extra |= dict.fromkeys(inner, FP32) | {f"d_{name}": found[name] for name in ("w2", "w1", "start2", "start1")}
+    extra |= dict.fromkeys(inner, FP32) | {f"d_{name}": found[name] and FP32 for name in ("w2", "w1", "start2", "start1")}
     return found | extra | {"stop_tile": 2 * found["first_tile"], "run": found["first_tile"], "PARTS": len(STACK)}
 
 

@@ -386,7 +386,7 @@ def _(k, eta, log_alpha, chunk, tile):
 
 def _save_chunk_inverse(ctx, inputs, output):
     *tensors, chunk, tile = inputs
-    ctx.tiling = Tiling(tensors[0].shape[1], chunk, tile)
+    ctx.tiling = Tiling(int(tensors[0].shape[1]), chunk, tile)  # a traced length becomes a constant: it says how many tiles there are
     ctx.save_for_backward(*tensors, output)
 
 

@@ -36,8 +36,8 @@ def newton_schulz(
     """Take every singular value s of x / (|x| + eps), |x| the Frobenius norm, `steps` times through a s + b s^3 + c s^5.
 
     x: [..., m, n], leading dimensions are a batch of matrices of any m and n; a zero matrix stays zero. coefficients: (a, b, c).
-    dtype: of the computation, that of x if None; norms and sums are at least fp32. Returns a tensor like x: same shape and dtype, contiguous.
-    backend: "auto" is "triton" on a GPU and "chunked" elsewhere. This is an optimizer step and has no gradient.
+    dtype: of the computation, that of x if None; norms and sums are at least fp32. Returns a contiguous tensor of the shape and dtype
+    of x. backend: "auto" is "triton" on a GPU and "chunked" elsewhere. This is an optimizer step and has no gradient.
     Raises ValueError for fewer than two dimensions, for a backend that cannot run here, and where a gradient would be recorded.
     """
     if x.dim() < 2:

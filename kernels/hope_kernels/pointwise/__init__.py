@@ -47,7 +47,8 @@ def norm_gate(y_BHTK: torch.Tensor, weight_HK: torch.Tensor, gate_BTHK: torch.Te
     """RMS norm of every head times its weight, times silu(gate): [B, T, H, K] in the dtype of the gate.
 
     y [B, H, T, K] and gate [B, T, H, K] of any strides, weight [H, K]; eps is added to the mean square; sums are at least fp32. With
-    "triton" the result is contiguous and y and gate are fp32 or bf16. backend: "auto" is "triton" where it can run on a GPU, else "chunked".
+    "triton" the result is contiguous and y and gate are fp32 or bf16. backend: "auto" is "triton" where it can run on a GPU, else
+    "chunked".
     Raises ValueError for shapes that do not fit and for a backend that cannot run.
     """
     if gate_BTHK.shape != y_BHTK.transpose(1, 2).shape or weight_HK.shape != gate_BTHK.shape[2:]:

@@ -10,10 +10,10 @@ import triton.language as tl
 
 from hope_kernels.tuning import DEFAULT_WARPS, padded, tuning
 
-ELEMENTS = 8
-"""Of a thread: with all it keeps of them the backward of the convolution stays near 128 registers."""
+CONV_ELEMENTS, NORM_ELEMENTS = 4, 16
+"""Of a thread. The backward of the convolution keeps 17 numbers for each: more of them leave too few warps on a multiprocessor."""
 RUN = 16
-"""Tokens that a row of a block of the convolution walks; the three before them (after them, in backward) are read twice."""
+"""Tokens (at least 3) that a row of a block of the convolution walks; the three before, in backward after, them are read twice."""
 
 
 @triton.jit
@@ -71,16 +71,18 @@ def _conv_forward(
     x3 = _load(x_ptrs, -3 * stride_t, inside & (token >= 3) & (token - 3 < tokens))
     x2 = _load(x_ptrs, -2 * stride_t, inside & (token >= 2) & (token - 2 < tokens))
     x1 = _load(x_ptrs, -stride_t, inside & (token >= 1) & (token - 1 < tokens))
+    ahead = tl.load(x_ptrs, mask=inside & (token < tokens), other=0.0)  # a token ahead, so that its way from memory overlaps
     for _ in tl.range(0, RUN):
+        x0 = ahead.to(tl.float32)
+        x_ptrs += stride_t
+        ahead = tl.load(x_ptrs, mask=inside & (token + 1 < tokens), other=0.0)
         valid = inside & (token < tokens)
-        x0 = _load(x_ptrs, 0, valid)
         conv = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
         tl.store(out_ptrs, (conv * tl.sigmoid(conv)).to(out_ptr.dtype.element_ty), mask=valid)
         x3 = x2
         x2 = x1
         x1 = x0
         token += 1
-        x_ptrs += stride_t
         out_ptrs += K
 
 
@@ -155,10 +157,19 @@ def _conv_backward(
     d_w1 = d_w0
     d_w2 = d_w0
     d_w3 = d_w0
+    x_ptrs -= 3 * stride_t
+    # Both are read a token ahead, so that their way from memory overlaps.
+    x_ahead = tl.load(x_ptrs, mask=inside & (token >= 3) & (token - 3 < tokens), other=0.0)
+    d_ahead = tl.load(d_out_ptrs, mask=inside & (token < tokens), other=0.0)
     for _ in tl.range(0, RUN):
         valid = inside & (token < tokens)
-        x3 = _load(x_ptrs, -3 * stride_t, inside & (token >= 3) & (token - 3 < tokens))
-        slope0 = _conv_slope(_load(d_out_ptrs, 0, valid), x0, x1, x2, x3, w0, w1, w2, w3)
+        x3 = x_ahead.to(tl.float32)
+        d_out = d_ahead.to(tl.float32)
+        x_ptrs -= stride_t
+        d_out_ptrs -= K
+        x_ahead = tl.load(x_ptrs, mask=inside & (token >= 4) & (token - 4 < tokens), other=0.0)
+        d_ahead = tl.load(d_out_ptrs, mask=inside & (token >= 1) & (token - 1 < tokens), other=0.0)
+        slope0 = _conv_slope(d_out, x0, x1, x2, x3, w0, w1, w2, w3)
         d_x = w0 * slope3 + w1 * slope2 + w2 * slope1 + w3 * slope0
         tl.store(d_x_ptrs, d_x.to(d_x_ptr.dtype.element_ty), mask=valid)
         d_w0 += slope0 * x3
@@ -172,8 +183,6 @@ def _conv_backward(
         x1 = x2
         x2 = x3
         token -= 1
-        x_ptrs -= stride_t
-        d_out_ptrs -= K
         d_x_ptrs -= heads * 3 * K
     part = batch * tl.num_programs(1) + tl.program_id(1)
     d_weight_ptrs = d_weight_ptr + (part * heads * 3 * K + column + feature) * 4
@@ -283,7 +292,7 @@ def rows_of(width: int, *, warps: int, elements: int) -> int:
 def _conv_silu(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, tokens, heads, features = x.shape
     width, warps = features // 3, warps_of("conv_silu_forward", features // 3)
-    rows = rows_of(width, warps=warps, elements=ELEMENTS)
+    rows = rows_of(width, warps=warps, elements=CONV_ELEMENTS)
     q, k, v = (torch.empty(batch, heads, tokens, width, dtype=dtype, device=x.device) for _ in range(3))
     _conv_forward[(batch * heads, triton.cdiv(tokens, rows * RUN), 3)](
         x, weight.contiguous(), q, k, v, tokens, heads, *x.stride(),
@@ -305,7 +314,7 @@ def _conv_silu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, heads, features = x.shape
     width, warps = features // 3, warps_of("conv_silu_backward", features // 3)
-    rows = rows_of(width, warps=warps, elements=ELEMENTS)
+    rows = rows_of(width, warps=warps, elements=CONV_ELEMENTS)
     blocks = triton.cdiv(tokens, rows * RUN)
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d_weight = torch.empty(batch * blocks, *weight.shape, dtype=torch.float32, device=x.device)
@@ -341,7 +350,7 @@ def conv_silu(x_BTHX: torch.Tensor, weight_HXW: torch.Tensor, dtype: torch.dtype
 def _norm_gate(y: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float) -> torch.Tensor:
     batch, heads, tokens, width = y.shape
     warps = warps_of("norm_gate_forward", width)
-    rows = rows_of(width, warps=warps, elements=2 * ELEMENTS)
+    rows = rows_of(width, warps=warps, elements=NORM_ELEMENTS)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     _norm_forward[(batch * heads, triton.cdiv(tokens, rows))](
         y, weight.contiguous(), gate, out, tokens, heads, eps, *y.stride(), *gate.stride(),
@@ -361,7 +370,7 @@ def _norm_gate_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, heads, tokens, width = y.shape
     warps = warps_of("norm_gate_backward", width)
-    rows = rows_of(width, warps=warps, elements=2 * ELEMENTS)
+    rows = rows_of(width, warps=warps, elements=NORM_ELEMENTS)
     blocks = triton.cdiv(tokens, rows)
     d_y, d_gate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, gate))
     d_weight = torch.empty(batch * blocks, heads, width, dtype=torch.float32, device=y.device)

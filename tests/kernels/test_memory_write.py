@@ -3,7 +3,7 @@
 Terms of the tiles are leaves of their own here: their kernels have tests of their own. Legend: L rows, S memories a row, R = L * S.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 
 from hope_kernels import fused
 from hope_kernels.memory import surprise
-from hope_kernels.memory_write.triton_ import Signals, States, write_forward
+from hope_kernels.memory_write.triton_ import Signals, States, write_backward, write_forward
 from hope_kernels.rule import MemoryRule
 from hope_kernels.tiling import Tiling
 from hope_pt.testing.scans import mismatches
@@ -126,6 +126,7 @@ def twin(leaves: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]
         weights = choose(commit[:, chunk], after, anchor, case) if commit is not None and is_last else after
     slots.append(weights)
     outputs = {f"slots.{i}": torch.stack(each, 1) for i, each in enumerate(zip(*slots, strict=True))}
+    outputs |= {f"end.{i}": t for i, t in enumerate(weights)}
     return outputs | {name: torch.cat([s[name] for s in signals], 1) for name in signals[0]}
 
 
@@ -138,19 +139,17 @@ def arguments(leaves: dict[str, torch.Tensor], case: Case, device: torch.device)
     low = {name: leaves[name].to(device, case.dtype) for name in ("k", "v", "y")}
     gates = {name: leaves[name].to(device, torch.float32) for name in ("w", "g_prev", "g_end")}
     memories, tiling = case.rows * case.memories, case.tiling
-    sizes = {"width": case.width, "hidden": case.hidden, "device": device}
-    states = States.empty(case.rule, memories, tiling.num_tiles + 1, **sizes)
-    for slots, weight in zip(states.weights, pick(leaves, "state"), strict=True):
-        slots[:, 0] = weight
-    signals = Signals.empty(case.rule, memories, case.tokens, dtype=case.dtype, **sizes)
+    current = tuple(t.to(device, torch.float32).clone() for t in pick(leaves, "state"))
+    states = States.at(current, tiles=tiling.num_tiles, dtype=case.dtype)
+    signals = Signals.empty(case.rule, memories, tokens=case.tokens, width=case.width, hidden=case.hidden, dtype=case.dtype, device=device)
     commit, reset = (None if m is None else m.to(device, torch.uint8) for m in masks_of(case))
-    start = States(tuple(t.to(device, torch.float32) for t in pick(leaves, "start"))) if case.masked else None
+    start = tuple(t.to(device, torch.float32) for t in pick(leaves, "start")) if case.masked else ()
     keywords = {"rule": case.rule, "tiling": tiling, "tiles": range(tiling.num_tiles), "commit": commit, "reset": reset, "start": start}
     return (low["k"], low["v"], SimpleNamespace(y=low["y"], **gates), states, signals), keywords
 
 
 def written(states: States, signals: Signals) -> dict[str, torch.Tensor]:
-    found = {f"slots.{i}": t for i, t in enumerate(states.weights)}
+    found = {f"slots.{i}": t for i, t in enumerate(states.weights)} | {f"end.{i}": t for i, t in enumerate(states.current)}
     return found | {n: getattr(signals, n) for n in ("residual", "error", "hidden") if getattr(signals, n) is not None}
 
 
@@ -165,11 +164,64 @@ CASES = {
 }
 
 
+def of_dtype(case: Case, dtype: torch.dtype) -> Case:
+    return replace(case, dtype=dtype)
+
+
+def cotangents(outputs: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]:
+    """Gradients of the end state, of the signals and, as "reads.i" [R, NT, ...], of the states through the reads."""
+    generator = torch.Generator().manual_seed(2)
+    given = {n: torch.randn(t.shape, generator=generator, dtype=torch.float64) for n, t in outputs.items() if not n.startswith("slots")}
+    for name, t in outputs.items():
+        if name.startswith("slots"):
+            shape = (len(t), case.tiling.num_tiles, *t.shape[2:])
+            given[f"reads{name[5:]}"] = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return given
+
+
+def autograd(leaves: dict[str, torch.Tensor], case: Case, read: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(cotangents, gradients of the leaves) of the twin."""
+    leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+    outputs = twin(leaves, case)
+    given = cotangents(outputs, case)
+    seen = [anchor if read == "anchor" else i for i, (_, anchor, *_) in enumerate(spans(case.tiling))]
+    pairs = [(t, given[name]) for name, t in outputs.items() if not name.startswith("slots")]
+    pairs += [(t[:, seen], given[f"reads{name[5:]}"]) for name, t in outputs.items() if name.startswith("slots")]
+    found = torch.autograd.grad([t for t, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True)
+    return given, {f"d{n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), found, strict=True)}
+
+
+def kernels(
+    leaves: dict[str, torch.Tensor], case: Case, given: dict[str, torch.Tensor], read: str, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The same gradients by both kernels."""
+    positional, keywords = arguments(leaves, case, device)
+    write_forward(*positional, **keywords)
+    given = {name: t.to(device, torch.float32) for name, t in given.items()}
+    del keywords["start"]
+    d_signals = Signals(*(given.get(name) for name in ("residual", "error", "hidden")))
+    found = write_backward(*positional, pick(given, "end"), d_signals=d_signals, d_reads=pick(given, "reads"), read=read, **keywords)
+    total = lambda t, name: torch.zeros(leaves[name].shape) if t is None else t.unflatten(0, (case.rows, -1)).sum(1)  # noqa: E731
+    gradients = {f"d{name}": total(getattr(found, name), name) for name in ("k", "v", "y", "w", "g_prev", "g_end")}
+    gradients |= {f"dstate.{i}": t for i, t in enumerate(found.current)}
+    return gradients | {f"dstart.{i}": t for i, t in enumerate(found.start or [torch.zeros_like(t) for t in found.current])}
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_forward(case, dtype, device):
-    case = Case(**{**case.__dict__, "dtype": dtype})
+    case = of_dtype(case, dtype)
     leaves = leaves_of(case)
     positional, keywords = arguments(leaves, case, device)
     write_forward(*positional, **keywords)
     assert not mismatches(written(*positional[3:]), twin(leaves, case), tolerance=FP32 if dtype == torch.float32 else BF16)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_backward(case, dtype, device):
+    case = of_dtype(case, dtype)
+    read = "anchor" if case.chunk > case.tile and case.masked else "causal"
+    leaves = leaves_of(case)
+    given, wanted = autograd(leaves, case, read)
+    assert not mismatches(kernels(leaves, case, given, read, device), wanted, tolerance=FP32 if dtype == torch.float32 else BF16_GRADIENT)

@@ -5,7 +5,7 @@ error signals behind, which the reads need; `write_backward` walks the tiles in 
 has the derivation and the layout.
 
 Legend: R = L * S memories (L rows of S memories that share k, v and the terms), T tokens, C tokens of a tile, N chunks, NT tiles,
-K head width, F hidden width (K for a linear memory). Inside the kernels token blocks are held features first, [K, C] and [F, C]: the
+K head width, F hidden width (K for a linear memory). Inside the kernels token blocks are held features first, [C, K] and [C, F]: the
 rows of every product are features then, as many as a matrix instruction wants however short the tile is.
 """
 
@@ -25,19 +25,21 @@ UNIT_EPS: tl.constexpr = tl.constexpr(L2_EPS)
 
 @dataclass(frozen=True)
 class States:
-    """States of R memories, fp32.
+    """States of R memories along a run of tiles.
 
-    weights: (W2 [R, ..., F, K], W1 [R, ..., K, F]) or (W [R, ..., K, K],). "..." is one slot a tile and one more for the end, NT + 1 (slot i
-    is the state at the start of tile i, after a document's reset), or nothing for a single state.
+    weights: slots (W2 [R, NT + 1, F, K], W1 [R, NT + 1, K, F]) or (W [R, NT + 1, K, K],) in the dtype of the keys: slot i is the state at
+    the start of tile i, after a document's reset, as the operand of every product with it. current: the state itself, fp32, [R, ...]
+    without slots: before a call of `write_forward` that at the start of its first tile, afterwards that after its last.
     """
 
     weights: tuple[torch.Tensor, ...]
+    current: tuple[torch.Tensor, ...]
 
     @staticmethod
-    def empty(rule: MemoryRule, *lead: int, width: int, hidden: int, device: torch.device) -> "States":
-        """Uninitialised states with leading dimensions `lead` of memories with K = width and F = hidden."""
-        shapes = [(hidden, width), (width, hidden)] if rule.memory == "mlp" else [(width, width)]
-        return States(tuple(torch.empty(*lead, *shape, dtype=torch.float32, device=device) for shape in shapes))
+    def at(current: tuple[torch.Tensor, ...], *, tiles: int, dtype: torch.dtype) -> "States":
+        """Room for `tiles` tiles from a given state on, which is written over."""
+        slots = tuple(torch.empty(len(t), tiles + 1, *t.shape[1:], dtype=dtype, device=t.device) for t in current)
+        return States(slots, current)
 
 
 @dataclass(frozen=True)
@@ -77,27 +79,30 @@ def _tile_rows(i, tokens, CHUNK: tl.constexpr, TILE: tl.constexpr, PER_CHUNK: tl
 
 
 @triton.jit
-def _token_block(first, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Offsets and mask of [BLOCK, TILE], features first, in a tensor [..., WIDTH] from token `first` (int64, of all rows) on."""
-    feature, token = tl.arange(0, BLOCK)[:, None], tl.arange(0, TILE)[None, :]
+def _token_block(rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Offsets and mask of [TILE, BLOCK] in a tensor [..., WIDTH], from the tile's first token on.
+
+    int32: where the tile starts belongs into the (scalar) pointer, or every element would have an address of 64 bits.
+    """
+    token, feature = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK)[None, :]
     mask = token < rows
     if WIDTH != BLOCK:
         mask = mask & (feature < WIDTH)
-    return first * WIDTH + token * WIDTH + feature, mask
+    return token * WIDTH + feature, mask
 
 
 @triton.jit
 def _load_tokens(pointer, first, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """[BLOCK, TILE] of a tensor [..., WIDTH]; zero beyond the tile's tokens."""
-    offset, mask = _token_block(first, rows, WIDTH, BLOCK, TILE)
-    return tl.load(pointer + offset, mask=mask, other=0.0)
+    """[TILE, BLOCK] of a tensor [..., WIDTH] from token `first` (int64, of all rows) on; zero beyond the tile's tokens."""
+    offset, mask = _token_block(rows, WIDTH, BLOCK, TILE)
+    return tl.load(pointer + first * WIDTH + offset, mask=mask, other=0.0)
 
 
 @triton.jit
 def _store_tokens(pointer, value, first, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Store [BLOCK, TILE] to a tensor [..., WIDTH], in its dtype."""
-    offset, mask = _token_block(first, rows, WIDTH, BLOCK, TILE)
-    tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)
+    """Store [TILE, BLOCK] to a tensor [..., WIDTH], in its dtype."""
+    offset, mask = _token_block(rows, WIDTH, BLOCK, TILE)
+    tl.store(pointer + first * WIDTH + offset, value.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -134,147 +139,257 @@ def _load_matrix(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS:
 def _store_matrix(pointer, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     offset, mask = _matrix(ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
     if ROWS == BLOCK_ROWS and COLUMNS == BLOCK_COLUMNS:
-        tl.store(pointer + offset, value)
+        tl.store(pointer + offset, value.to(pointer.dtype.element_ty))
     else:
-        tl.store(pointer + offset, value, mask=mask)
+        tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _silu_slope(x):
-    """silu(x) and silu'(x)."""
+def _copy_matrix(to, also_to, source, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Copy a matrix to two places, each in its dtype."""
+    value = _load_matrix(source, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    _store_matrix(to, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    _store_matrix(also_to, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+@triton.jit
+def _load_gradient(pointer, first, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """[TILE, BLOCK] of a gradient [..., WIDTH], zero where there is none."""
+    if pointer is not None:
+        return _load_tokens(pointer, first, rows, WIDTH, BLOCK, TILE)
+    else:
+        return tl.zeros((TILE, BLOCK), tl.float32)
+
+
+@triton.jit
+def _enter_tile(
+    grad, low, anchor_grad, slot, live, is_last, memory,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PER_CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Begin the backward pass of a tile for one matrix, from the gradient of the state after it.
+
+    Leaves the gradient of what the tile wrote in `low` (zero where `live` is 0: nothing was committed), and what a chunk without commit
+    hands to its anchor in anchor_grad. Returns the gradient of g_end.
+    """
+    value = _load_matrix(grad, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    if PER_CHUNK > 1:
+        if is_last:
+            _store_matrix(anchor_grad + memory * (ROWS * COLUMNS), value * (1 - live), ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    value *= live
+    _store_matrix(low, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    weight = _load_matrix(slot, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS).to(tl.float32)
+    return tl.sum(tl.sum(value * weight, 1), 0)
+
+
+@triton.jit
+def _leave_tile(
+    grad, anchor_grad, read_grad, start_grad, of_current, of_anchor, keep, is_first, is_reset, memory, i, num_tiles,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    PER_CHUNK: tl.constexpr, READS_ANCHOR: tl.constexpr,
+):  # fmt: skip
+    """End the backward pass of tile i for one matrix: `grad` becomes the gradient of the state at its start.
+
+    of_current, of_anchor: what the tile adds to the gradients of the two states it saw (None: nothing); read_grad [R, NT, ...] is what its
+    reads add to one of them. At a chunk's first tile both are the same state. A document that starts there hands the gradient to the start.
+    """
+    SIZE: tl.constexpr = ROWS * COLUMNS
+    value = _load_matrix(grad, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS) * keep
+    if of_current is not None:
+        value += of_current
+    if PER_CHUNK > 1:
+        anchor_grad += memory * SIZE
+        through = _load_matrix(anchor_grad, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS) + of_anchor
+    else:
+        value += of_anchor
+    if read_grad is not None:
+        from_reads = _load_matrix(read_grad + (memory * num_tiles + i) * SIZE, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+        if PER_CHUNK > 1 and READS_ANCHOR:
+            through += from_reads
+        else:
+            value += from_reads
+    if PER_CHUNK > 1:
+        if is_first:
+            value += through
+        else:
+            _store_matrix(anchor_grad, through, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    if start_grad is not None:
+        if is_reset:
+            start_grad += memory * SIZE
+            value += _load_matrix(start_grad, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+            _store_matrix(start_grad, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+            value = tl.zeros_like(value)
+    _store_matrix(grad, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+@triton.jit
+def _silu(x):
+    """silu(x), silu'(x) and silu''(x)."""
     sigmoid = tl.sigmoid(x)
     hidden = x * sigmoid
-    return hidden, sigmoid + hidden * (1 - sigmoid)
+    falling = 1 - sigmoid
+    slope = sigmoid + hidden * falling
+    return hidden, slope, falling * (2 * slope - hidden)
 
 
 @triton.jit
 def _bounded(x, inverse_square, HUBER: tl.constexpr):
-    """x / sqrt(1 + |x|^2 / d^2) of every token [I, C] and the factor [C]; inverse_square = 1 / d^2."""
+    """x / sqrt(1 + |x|^2 / d^2) of every token [C, I] and the factor [C]; inverse_square = 1 / d^2."""
     if HUBER:
-        scale = tl.rsqrt(1 + tl.sum(x * x, 0) * inverse_square)
-        return x * scale[None, :], scale
+        scale = tl.rsqrt(1 + tl.sum(x * x, 1) * inverse_square)
+        return x * scale[:, None], scale
     else:
-        return x, tl.full((x.shape[1],), 1.0, tl.float32)
+        return x, tl.full((x.shape[0],), 1.0, tl.float32)
 
 
 @triton.jit
-def _unit(x):
-    """Unit length of every token [I, C] (`memory.l2norm`) and the factor [C]."""
-    scale = tl.rsqrt(tl.sum(x * x, 0) + UNIT_EPS)
-    return x * scale[None, :], scale
+def _bounded_backward(grad, bounded, scale, inverse_square, HUBER: tl.constexpr):
+    """From the gradient of the bounded error to that of the error: s (G - E (E . G) / d^2)."""
+    if HUBER:
+        along = tl.sum(bounded * grad, 1) * inverse_square
+        return (grad - bounded * along[:, None]) * scale[:, None]
+    else:
+        return grad
 
 
 @triton.jit
-def _unit_target(v, hidden_v, a1, PRECISION: tl.constexpr):
-    """Unit-length target [K, C] and its factor [C] from v and silu(W2 v), or from v alone where that is None."""
+def _unit_backward(grad, unit, scale, NORMALIZE: tl.constexpr):
+    """From the gradient of the unit-length target to that of the target: s (G - t (t . G))."""
+    if NORMALIZE:
+        return (grad - unit * tl.sum(unit * grad, 1)[:, None]) * scale[:, None]
+    else:
+        return grad
+
+
+@triton.jit
+def _unit(x, NORMALIZE: tl.constexpr):
+    """Of every token [C, I]: x at unit length (`memory.l2norm`) where the rule normalises targets, and the factor [C]."""
+    if NORMALIZE:
+        scale = tl.rsqrt(tl.sum(x * x, 1) + UNIT_EPS)
+        return x * scale[:, None], scale
+    else:
+        return x, tl.full((x.shape[0],), 1.0, tl.float32)
+
+
+@triton.jit
+def _mlp_target(v, hidden_v, a1, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr):
+    """The target [C, K], M(v) from hidden_v = silu(W2 v) or v, and the factor [C] of its unit length."""
     target = v.to(tl.float32)
-    if hidden_v is not None:
-        target += tl.dot(a1, hidden_v.to(v.dtype), input_precision=PRECISION)
-    return _unit(target)
+    if SELF_TARGET:
+        target += tl.dot(hidden_v.to(v.dtype), tl.trans(a1), input_precision=PRECISION)
+    return _unit(target, NORMALIZE)
 
 
 @triton.jit
 def _mlp_error(
-    k, v, pre, a2, a1, inverse_square, HUBER: tl.constexpr, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr
-):
-    """hidden [F, C], the bounded error of M(k) [K, C] and its factor [C] at the anchors a2, a1; pre = a2 k.
+    k_ptr, v_ptr, hidden, a2, a1, first, rows, inverse_square, K: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
+    HUBER: tl.constexpr, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The bounded error of M(k) [C, K] and its factor [C] at the anchors a2, a1; hidden = silu(W2 k).
 
     M(k) - M(v) = k - v + W1 (silu(W2 k) - silu(W2 v)): one product with W1, unless the target is made unit length first.
     """
-    hidden, _ = _silu_slope(pre)
-    inner = hidden
-    hidden_v = None
     if SELF_TARGET:
-        hidden_v, _ = _silu_slope(tl.dot(a2, v, input_precision=PRECISION))
-    if NORMALIZE:
-        target, _ = _unit_target(v, hidden_v, a1, PRECISION)
+        v = _load_tokens(v_ptr, first, rows, K, BK, TILE)
+        hidden_v, _, _ = _silu(tl.dot(v, tl.trans(a2), input_precision=PRECISION))
+        if NORMALIZE:
+            target, _ = _mlp_target(v, hidden_v, a1, NORMALIZE, SELF_TARGET, PRECISION)
+        else:
+            hidden -= hidden_v
+            target = v.to(tl.float32)
     else:
-        target = v.to(tl.float32)
-        if SELF_TARGET:
-            inner -= hidden_v
-    error = tl.dot(a1, inner.to(k.dtype), input_precision=PRECISION) + k.to(tl.float32) - target
-    error, scale = _bounded(error, inverse_square, HUBER)
-    return hidden, error, scale
+        target, _ = _unit(_load_tokens(v_ptr, first, rows, K, BK, TILE).to(tl.float32), NORMALIZE)
+    error = tl.dot(hidden.to(a1.dtype), tl.trans(a1), -target, input_precision=PRECISION)
+    return _bounded(error + _load_tokens(k_ptr, first, rows, K, BK, TILE).to(tl.float32), inverse_square, HUBER)
 
 
 @triton.jit
-def _linear_error(
-    pre, v, a, inverse_square, HUBER: tl.constexpr, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr
-):
-    """The bounded error of W k [K, C] and its factor, the target and its factor, at the anchor a; pre = a k."""
+def _linear_target(v, a, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr):
+    """The target [C, K], W v or v, and the factor [C] of its unit length, at the anchor a."""
     target = v.to(tl.float32)
     if SELF_TARGET:
-        target = tl.dot(a, v, input_precision=PRECISION)
-    target_scale = None
-    if NORMALIZE:
-        target, target_scale = _unit(target)
-    error, scale = _bounded(pre - target, inverse_square, HUBER)
-    return error, scale, target, target_scale
+        target = tl.dot(v, tl.trans(a), input_precision=PRECISION)
+    return _unit(target, NORMALIZE)
 
 
 @triton.jit
 def _mlp_forward(
-    k_ptr, v_ptr, y_ptr, w_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr, start_w2_ptr, start_w1_ptr,
-    w2_ptr, w1_ptr, residual_ptr, error_ptr, hidden_ptr, scale_ptr,
+    k_ptr, v_ptr, y_ptr, w_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr,
+    start2_ptr, start1_ptr, kept2_ptr, kept1_ptr, w2_ptr, w1_ptr, current2_ptr, current1_ptr,
+    residual_ptr, error_ptr, hidden_ptr, scale_ptr,
     tokens, num_tiles, num_chunks, memories_per_row, first_tile, end_tile, inverse_square,
     K: tl.constexpr, F: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
     CHUNK: tl.constexpr, TILE: tl.constexpr, PER_CHUNK: tl.constexpr,
     HUBER: tl.constexpr, ERASE: tl.constexpr, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tiles first_tile .. end_tile of one MLP memory: signals, and the state after each tile in the next slot."""
+    """The tiles first_tile .. end_tile of one MLP memory: signals, the current state, and the slots it passes through."""
     memory = tl.program_id(0).to(tl.int64)
     row = memory // memories_per_row
     dtype = k_ptr.dtype.element_ty
+    current2_ptr += memory * (F * K)
+    current1_ptr += memory * (F * K)
     w2_ptr += memory * (num_tiles + 1) * (F * K)
     w1_ptr += memory * (num_tiles + 1) * (F * K)
+    _store_matrix(w2_ptr + tl.cast(first_tile, tl.int64) * (F * K), _load_matrix(current2_ptr, F, K, BF, BK), F, K, BF, BK)
+    _store_matrix(w1_ptr + tl.cast(first_tile, tl.int64) * (F * K), _load_matrix(current1_ptr, K, F, BK, BF), K, F, BK, BF)
+    tl.debug_barrier()
     for i in tl.range(first_tile, end_tile, num_stages=1):
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
         here, there = row * tokens + first, memory * tokens + first  # of what the memories share, and of their own
-        slot = tl.cast(i, tl.int64) * (F * K)
-        anchor_slot = tl.cast(anchor, tl.int64) * (F * K)
+        slot2, slot1 = w2_ptr + tl.cast(i, tl.int64) * (F * K), w1_ptr + tl.cast(i, tl.int64) * (F * K)
+        anchor2, anchor1 = w2_ptr + tl.cast(anchor, tl.int64) * (F * K), w1_ptr + tl.cast(anchor, tl.int64) * (F * K)
         if reset_ptr is not None:
-            if i == anchor:
-                if tl.load(reset_ptr + row * num_chunks + chunk) != 0:
-                    _store_matrix(w2_ptr + slot, _load_matrix(start_w2_ptr + memory * (F * K), F, K, BF, BK), F, K, BF, BK)
-                    _store_matrix(w1_ptr + slot, _load_matrix(start_w1_ptr + memory * (F * K), K, F, BK, BF), K, F, BK, BF)
+            if (i == anchor) & (tl.load(reset_ptr + row * num_chunks + chunk) != 0):
+                _copy_matrix(current2_ptr, slot2, start2_ptr + memory * (F * K), F, K, BF, BK)
+                _copy_matrix(current1_ptr, slot1, start1_ptr + memory * (F * K), K, F, BK, BF)
             tl.debug_barrier()
+        if commit_ptr is not None:
+            if (i == anchor) & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
+                _store_matrix(kept2_ptr + memory * (F * K), _load_matrix(current2_ptr, F, K, BF, BK), F, K, BF, BK)
+                _store_matrix(kept1_ptr + memory * (F * K), _load_matrix(current1_ptr, K, F, BK, BF), K, F, BK, BF)
+            tl.debug_barrier()
+        a2 = _load_matrix(anchor2, F, K, BF, BK)
+        a1 = _load_matrix(anchor1, K, F, BK, BF)
         k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
-        a2 = _load_matrix(w2_ptr + anchor_slot, F, K, BF, BK).to(dtype)
-        pre = tl.dot(a2, k, input_precision=PRECISION)
-        a1 = _load_matrix(w1_ptr + anchor_slot, K, F, BK, BF).to(dtype)
-        v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
-        hidden, error, scale = _mlp_error(k, v, pre, a2, a1, inverse_square, HUBER, NORMALIZE, SELF_TARGET, PRECISION)
+        hidden, _, _ = _silu(tl.dot(k, tl.trans(a2), input_precision=PRECISION))
         _store_tokens(hidden_ptr, hidden, there, rows, F, BF, TILE)
+        error, scale = _mlp_error(
+            k_ptr, v_ptr, hidden, a2, a1, here, rows, inverse_square, K, BK, TILE, HUBER, NORMALIZE, SELF_TARGET, PRECISION
+        )
         _store_tokens(error_ptr, error, there, rows, K, BK, TILE)
         _store_scalars(scale_ptr, scale, there, rows, TILE)
-        back = tl.dot(tl.trans(a1), error.to(dtype), input_precision=PRECISION)
-        residual, _ = _bounded(back * _silu_slope(pre)[1], inverse_square, HUBER)
-        if ERASE:
-            current = pre
-            if PER_CHUNK > 1:
-                current = tl.dot(_load_matrix(w2_ptr + slot, F, K, BF, BK).to(dtype), k, input_precision=PRECISION)
-            residual += current * _load_scalars(g_prev_ptr, here, rows, TILE)[None, :]
-        residual = residual.to(dtype)
-        _store_tokens(residual_ptr, residual, there, rows, F, BF, TILE)
+        # W1 first: its update needs nothing of what follows, and its blocks leave the registers
         g_end = tl.load(g_end_ptr + row * num_tiles + i)
+        paced = (error * -_load_scalars(w_ptr, here, rows, TILE)[:, None]).to(dtype)
+        kept = _load_matrix(current1_ptr, K, F, BK, BF) * g_end
+        w1 = tl.dot(tl.trans(paced), hidden.to(dtype), kept, input_precision=PRECISION)
+        _store_matrix(current1_ptr, w1, K, F, BK, BF)
+        _store_matrix(slot1 + F * K, w1, K, F, BK, BF)
+        back = tl.dot(error.to(dtype), a1, input_precision=PRECISION)
+        # the pre-activation once more costs one product; kept, it would spill
+        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+        pre = tl.dot(k, tl.trans(a2), input_precision=PRECISION)
+        residual, _ = _bounded(back * _silu(pre)[1], inverse_square, HUBER)
+        if ERASE:
+            if PER_CHUNK > 1:
+                pre = tl.dot(k, tl.trans(_load_matrix(slot2, F, K, BF, BK)), input_precision=PRECISION)
+            residual += pre * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
+        _store_tokens(residual_ptr, residual, there, rows, F, BF, TILE)
         y = _load_tokens(y_ptr, here, rows, K, BK, TILE)
-        w2 = _load_matrix(w2_ptr + slot, F, K, BF, BK) * g_end - tl.dot(residual, tl.trans(y), input_precision=PRECISION)
-        _store_matrix(w2_ptr + slot + F * K, w2, F, K, BF, BK)
-        paced = (error * _load_scalars(w_ptr, here, rows, TILE)[None, :]).to(dtype)
-        w1 = _load_matrix(w1_ptr + slot, K, F, BK, BF) * g_end - tl.dot(paced, tl.trans(hidden.to(dtype)), input_precision=PRECISION)
-        _store_matrix(w1_ptr + slot + F * K, w1, K, F, BK, BF)
+        kept = _load_matrix(current2_ptr, F, K, BF, BK) * g_end
+        w2 = tl.dot(tl.trans((-residual).to(dtype)), y, kept, input_precision=PRECISION)
+        _store_matrix(current2_ptr, w2, F, K, BF, BK)
+        _store_matrix(slot2 + F * K, w2, F, K, BF, BK)
         tl.debug_barrier()
         if commit_ptr is not None:
-            if is_last:
-                if tl.load(commit_ptr + row * num_chunks + chunk) == 0:
-                    _store_matrix(w2_ptr + slot + F * K, _load_matrix(w2_ptr + anchor_slot, F, K, BF, BK), F, K, BF, BK)
-                    _store_matrix(w1_ptr + slot + F * K, _load_matrix(w1_ptr + anchor_slot, K, F, BK, BF), K, F, BK, BF)
+            if is_last & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
+                _copy_matrix(current2_ptr, slot2 + F * K, kept2_ptr + memory * (F * K), F, K, BF, BK)
+                _copy_matrix(current1_ptr, slot1 + F * K, kept1_ptr + memory * (F * K), K, F, BK, BF)
             tl.debug_barrier()
 
 
 @triton.jit
 def _linear_forward(
-    k_ptr, v_ptr, y_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr, start_ptr, w_ptr, residual_ptr,
+    k_ptr, v_ptr, y_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr, start_ptr, kept_ptr, w_ptr, current_ptr, residual_ptr,
     tokens, num_tiles, num_chunks, memories_per_row, first_tile, end_tile, inverse_square,
     K: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PER_CHUNK: tl.constexpr,
     HUBER: tl.constexpr, ERASE: tl.constexpr, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr,
@@ -282,40 +397,278 @@ def _linear_forward(
     """The same for one linear memory."""
     memory = tl.program_id(0).to(tl.int64)
     row = memory // memories_per_row
-    dtype = k_ptr.dtype.element_ty
+    current_ptr += memory * (K * K)
     w_ptr += memory * (num_tiles + 1) * (K * K)
+    _store_matrix(w_ptr + tl.cast(first_tile, tl.int64) * (K * K), _load_matrix(current_ptr, K, K, BK, BK), K, K, BK, BK)
+    tl.debug_barrier()
     for i in tl.range(first_tile, end_tile, num_stages=1):
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
         here = row * tokens + first
-        slot = tl.cast(i, tl.int64) * (K * K)
-        anchor_slot = tl.cast(anchor, tl.int64) * (K * K)
+        slot = w_ptr + tl.cast(i, tl.int64) * (K * K)
         if reset_ptr is not None:
-            if i == anchor:
-                if tl.load(reset_ptr + row * num_chunks + chunk) != 0:
-                    _store_matrix(w_ptr + slot, _load_matrix(start_ptr + memory * (K * K), K, K, BK, BK), K, K, BK, BK)
+            if (i == anchor) & (tl.load(reset_ptr + row * num_chunks + chunk) != 0):
+                _copy_matrix(current_ptr, slot, start_ptr + memory * (K * K), K, K, BK, BK)
+            tl.debug_barrier()
+        if commit_ptr is not None:
+            if (i == anchor) & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
+                _store_matrix(kept_ptr + memory * (K * K), _load_matrix(current_ptr, K, K, BK, BK), K, K, BK, BK)
             tl.debug_barrier()
         k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
         v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
-        a = _load_matrix(w_ptr + anchor_slot, K, K, BK, BK).to(dtype)
-        pre = tl.dot(a, k, input_precision=PRECISION)
-        residual, _, _, _ = _linear_error(pre, v, a, inverse_square, HUBER, NORMALIZE, SELF_TARGET, PRECISION)
+        a = _load_matrix(w_ptr + tl.cast(anchor, tl.int64) * (K * K), K, K, BK, BK)
+        pre = tl.dot(k, tl.trans(a), input_precision=PRECISION)
+        target, _ = _linear_target(v, a, NORMALIZE, SELF_TARGET, PRECISION)
+        residual, _ = _bounded(pre - target, inverse_square, HUBER)
         if ERASE:
-            current = pre
+            passed = pre
             if PER_CHUNK > 1:
-                current = tl.dot(_load_matrix(w_ptr + slot, K, K, BK, BK).to(dtype), k, input_precision=PRECISION)
-            residual += current * _load_scalars(g_prev_ptr, here, rows, TILE)[None, :]
-        residual = residual.to(dtype)
+                passed = tl.dot(k, tl.trans(_load_matrix(slot, K, K, BK, BK)), input_precision=PRECISION)
+            residual += passed * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
+        residual = residual.to(k.dtype)
         _store_tokens(residual_ptr, residual, memory * tokens + first, rows, K, BK, TILE)
         g_end = tl.load(g_end_ptr + row * num_tiles + i)
         y = _load_tokens(y_ptr, here, rows, K, BK, TILE)
-        w = _load_matrix(w_ptr + slot, K, K, BK, BK) * g_end - tl.dot(residual, tl.trans(y), input_precision=PRECISION)
-        _store_matrix(w_ptr + slot + K * K, w, K, K, BK, BK)
+        w = _load_matrix(current_ptr, K, K, BK, BK) * g_end - tl.dot(tl.trans(residual), y, input_precision=PRECISION)
+        _store_matrix(current_ptr, w, K, K, BK, BK)
+        _store_matrix(slot + K * K, w, K, K, BK, BK)
         tl.debug_barrier()
         if commit_ptr is not None:
-            if is_last:
-                if tl.load(commit_ptr + row * num_chunks + chunk) == 0:
-                    _store_matrix(w_ptr + slot + K * K, _load_matrix(w_ptr + anchor_slot, K, K, BK, BK), K, K, BK, BK)
+            if is_last & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
+                _copy_matrix(current_ptr, slot + K * K, kept_ptr + memory * (K * K), K, K, BK, BK)
             tl.debug_barrier()
+
+
+@triton.jit
+def _mlp_backward(
+    k_ptr, v_ptr, y_ptr, w_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr,
+    w2_ptr, w1_ptr, residual_ptr, error_ptr, hidden_ptr, scale_ptr,
+    in_residual_ptr, in_error_ptr, in_hidden_ptr, read2_ptr, read1_ptr,
+    grad2_ptr, grad1_ptr, anchor2_ptr, anchor1_ptr, start2_ptr, start1_ptr, low2_ptr, low1_ptr, parked_ptr,
+    d_k_ptr, d_v_ptr, d_y_ptr, d_w_ptr, d_g_prev_ptr, d_g_end_ptr,
+    tokens, num_tiles, num_chunks, memories_per_row, first_tile, end_tile, inverse_square,
+    K: tl.constexpr, F: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, PER_CHUNK: tl.constexpr, READS_ANCHOR: tl.constexpr,
+    HUBER: tl.constexpr, ERASE: tl.constexpr, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tiles of one MLP memory in reverse. Token blocks that the last products need wait in `parked` [R, TILE, 5 F + 2 K]."""
+    memory = tl.program_id(0).to(tl.int64)
+    row = memory // memories_per_row
+    dtype = k_ptr.dtype.element_ty
+    SIZE: tl.constexpr = F * K
+    grad2_ptr += memory * SIZE
+    grad1_ptr += memory * SIZE
+    low2_ptr += memory * SIZE
+    low1_ptr += memory * SIZE
+    d_back_ptr = parked_ptr + memory * (TILE * (5 * F + 2 * K))
+    d_pre_ptr = d_back_ptr + TILE * F
+    d_passed_ptr = d_pre_ptr + TILE * F
+    d_pre_v_ptr = d_passed_ptr + TILE * F
+    inner_ptr = d_pre_v_ptr + TILE * F
+    d_error_ptr = inner_ptr + TILE * F
+    d_target_ptr = d_error_ptr + TILE * K
+    for step in tl.range(0, end_tile - first_tile, num_stages=1):
+        i = end_tile - 1 - step
+        chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
+        here, there = row * tokens + first, memory * tokens + first
+        slots = memory * (num_tiles + 1)
+        slot2, slot1 = w2_ptr + (slots + i) * SIZE, w1_ptr + (slots + i) * SIZE
+        g_end = tl.load(g_end_ptr + row * num_tiles + i)
+        live = 1.0
+        keep = g_end
+        if commit_ptr is not None:
+            if is_last & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
+                live = 0.0
+                keep = 1.0 if PER_CHUNK == 1 else 0.0
+        d_g_end = _enter_tile(grad2_ptr, low2_ptr, anchor2_ptr, slot2, live, is_last, memory, F, K, BF, BK, PER_CHUNK)
+        d_g_end += _enter_tile(grad1_ptr, low1_ptr, anchor1_ptr, slot1, live, is_last, memory, K, F, BK, BF, PER_CHUNK)
+        tl.store(d_g_end_ptr + memory * num_tiles + i, d_g_end)
+        tl.debug_barrier()
+        # W2' = g_end W2 - residual^T y
+        low2 = _load_matrix(low2_ptr, F, K, BF, BK)
+        residual = _load_tokens(residual_ptr, there, rows, F, BF, TILE)
+        _store_tokens(d_y_ptr, -tl.dot(residual, low2, input_precision=PRECISION), there, rows, K, BK, TILE)
+        y = _load_tokens(y_ptr, here, rows, K, BK, TILE)
+        d_residual = -tl.dot(y, tl.trans(low2), input_precision=PRECISION)
+        d_residual += _load_gradient(in_residual_ptr, there, rows, F, BF, TILE)
+        # residual = g_prev W2 k + bounded(back * slope), back = error W1
+        a2 = _load_matrix(w2_ptr + (slots + anchor) * SIZE, F, K, BF, BK)
+        a1 = _load_matrix(w1_ptr + (slots + anchor) * SIZE, K, F, BK, BF)
+        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+        pre = tl.dot(k, tl.trans(a2), input_precision=PRECISION)
+        hidden, slope, curvature = _silu(pre)
+        error = _load_tokens(error_ptr, there, rows, K, BK, TILE)
+        back = tl.dot(error, a1, input_precision=PRECISION)
+        delta, delta_scale = _bounded(back * slope, inverse_square, HUBER)
+        d_inner = _bounded_backward(d_residual, delta, delta_scale, inverse_square, HUBER)
+        d_pre = d_inner * back * curvature
+        d_back = (d_inner * slope).to(dtype)
+        _store_tokens(d_back_ptr, d_back, 0, rows, F, BF, TILE)
+        if ERASE:
+            d_passed = d_residual * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
+            if PER_CHUNK > 1:
+                pre = tl.dot(k, tl.trans(_load_matrix(slot2, F, K, BF, BK)), input_precision=PRECISION)
+                _store_tokens(d_passed_ptr, d_passed, 0, rows, F, BF, TILE)
+            else:
+                d_pre += d_passed
+            _store_scalars(d_g_prev_ptr, tl.sum(d_residual * pre, 1), there, rows, TILE)
+        # W1' = g_end W1 - (w error)^T hidden, error = bounded(k + W1 hidden - target)
+        low1 = _load_matrix(low1_ptr, K, F, BK, BF)
+        w = _load_scalars(w_ptr, here, rows, TILE)[:, None]
+        through = tl.dot(_load_tokens(hidden_ptr, there, rows, F, BF, TILE), tl.trans(low1), input_precision=PRECISION)
+        error = error.to(tl.float32)
+        _store_scalars(d_w_ptr, -tl.sum(through * error, 1), there, rows, TILE)
+        d_error = tl.dot(d_back, tl.trans(a1), -w * through, input_precision=PRECISION)
+        d_error += _load_gradient(in_error_ptr, there, rows, K, BK, TILE)
+        d_error = _bounded_backward(d_error, error, _load_scalars(scale_ptr, there, rows, TILE), inverse_square, HUBER)
+        _store_tokens(d_error_ptr, d_error, 0, rows, K, BK, TILE)
+        from_error = tl.dot(d_error.to(dtype), a1, input_precision=PRECISION)
+        d_hidden = from_error - tl.dot((w * error).to(dtype), low1, input_precision=PRECISION)
+        d_hidden += _load_gradient(in_hidden_ptr, there, rows, F, BF, TILE)
+        d_pre = (d_pre + d_hidden * slope).to(dtype)
+        _store_tokens(d_pre_ptr, d_pre, 0, rows, F, BF, TILE)
+        d_k = tl.dot(d_pre, a2, d_error, input_precision=PRECISION)
+        if ERASE and PER_CHUNK > 1:
+            d_k = tl.dot(d_passed.to(dtype), _load_matrix(slot2, F, K, BF, BK), d_k, input_precision=PRECISION)
+        _store_tokens(d_k_ptr, d_k, there, rows, K, BK, TILE)
+        # target = unit(v + W1 silu(W2 v)) or unit(v)
+        v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
+        d_target = -d_error
+        if SELF_TARGET:
+            hidden_v, slope_v, _ = _silu(tl.dot(v, tl.trans(a2), input_precision=PRECISION))
+            if NORMALIZE:
+                target, target_scale = _mlp_target(v, hidden_v, a1, NORMALIZE, SELF_TARGET, PRECISION)
+                d_target = _unit_backward(d_target, target, target_scale, NORMALIZE)
+                _store_tokens(d_target_ptr, d_target, 0, rows, K, BK, TILE)
+                from_error = -tl.dot(d_target.to(dtype), a1, input_precision=PRECISION)
+                _store_tokens(inner_ptr, hidden_v, 0, rows, F, BF, TILE)
+            else:
+                _store_tokens(inner_ptr, hidden - hidden_v, 0, rows, F, BF, TILE)
+            d_pre_v = (-from_error * slope_v).to(dtype)
+            _store_tokens(d_pre_v_ptr, d_pre_v, 0, rows, F, BF, TILE)
+            d_target = tl.dot(d_pre_v, a2, d_target, input_precision=PRECISION)
+        else:
+            target, target_scale = _unit(v.to(tl.float32), NORMALIZE)
+            d_target = _unit_backward(d_target, target, target_scale, NORMALIZE)
+        _store_tokens(d_v_ptr, d_target, there, rows, K, BK, TILE)
+        tl.debug_barrier()
+        # the weights, from what is parked
+        is_first = i == anchor
+        is_reset = False
+        if reset_ptr is not None:
+            is_reset = is_first & (tl.load(reset_ptr + row * num_chunks + chunk) != 0)
+        d_error = tl.trans(_load_tokens(d_error_ptr, 0, rows, K, BK, TILE))
+        error = tl.trans(_load_tokens(error_ptr, there, rows, K, BK, TILE))
+        of_w1 = tl.dot(error, _load_tokens(d_back_ptr, 0, rows, F, BF, TILE), input_precision=PRECISION)
+        if SELF_TARGET and not NORMALIZE:
+            of_w1 = tl.dot(d_error, _load_tokens(inner_ptr, 0, rows, F, BF, TILE), of_w1, input_precision=PRECISION)
+        else:
+            of_w1 = tl.dot(d_error, _load_tokens(hidden_ptr, there, rows, F, BF, TILE), of_w1, input_precision=PRECISION)
+            if SELF_TARGET:
+                d_target = tl.trans(_load_tokens(d_target_ptr, 0, rows, K, BK, TILE))
+                of_w1 = tl.dot(d_target, _load_tokens(inner_ptr, 0, rows, F, BF, TILE), of_w1, input_precision=PRECISION)
+        _leave_tile(
+            grad1_ptr, anchor1_ptr, read1_ptr, start1_ptr, None, of_w1, keep, is_first, is_reset, memory, i, num_tiles,
+            K, F, BK, BF, PER_CHUNK, READS_ANCHOR,
+        )  # fmt: skip
+        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+        of_w2 = tl.dot(tl.trans(_load_tokens(d_pre_ptr, 0, rows, F, BF, TILE)), k, input_precision=PRECISION)
+        if SELF_TARGET:
+            v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
+            of_w2 = tl.dot(tl.trans(_load_tokens(d_pre_v_ptr, 0, rows, F, BF, TILE)), v, of_w2, input_precision=PRECISION)
+        of_passed = None
+        if ERASE and PER_CHUNK > 1:
+            of_passed = tl.dot(tl.trans(_load_tokens(d_passed_ptr, 0, rows, F, BF, TILE)), k, input_precision=PRECISION)
+        _leave_tile(
+            grad2_ptr, anchor2_ptr, read2_ptr, start2_ptr, of_passed, of_w2, keep, is_first, is_reset, memory, i, num_tiles,
+            F, K, BF, BK, PER_CHUNK, READS_ANCHOR,
+        )  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit
+def _linear_backward(
+    k_ptr, v_ptr, y_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr, w_ptr, residual_ptr,
+    in_residual_ptr, read_ptr, grad_ptr, anchor_ptr, start_ptr, low_ptr, parked_ptr,
+    d_k_ptr, d_v_ptr, d_y_ptr, d_g_prev_ptr, d_g_end_ptr,
+    tokens, num_tiles, num_chunks, memories_per_row, first_tile, end_tile, inverse_square,
+    K: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PER_CHUNK: tl.constexpr, READS_ANCHOR: tl.constexpr,
+    HUBER: tl.constexpr, ERASE: tl.constexpr, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same for one linear memory; `parked` is [R, TILE, 3 K]."""
+    memory = tl.program_id(0).to(tl.int64)
+    row = memory // memories_per_row
+    dtype = k_ptr.dtype.element_ty
+    grad_ptr += memory * (K * K)
+    low_ptr += memory * (K * K)
+    d_pre_ptr = parked_ptr + memory * (TILE * 3 * K)
+    d_passed_ptr = d_pre_ptr + TILE * K
+    d_target_ptr = d_passed_ptr + TILE * K
+    for step in tl.range(0, end_tile - first_tile, num_stages=1):
+        i = end_tile - 1 - step
+        chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
+        here, there = row * tokens + first, memory * tokens + first
+        slots = memory * (num_tiles + 1)
+        slot = w_ptr + (slots + i) * (K * K)
+        g_end = tl.load(g_end_ptr + row * num_tiles + i)
+        live = 1.0
+        keep = g_end
+        if commit_ptr is not None:
+            if is_last & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
+                live = 0.0
+                keep = 1.0 if PER_CHUNK == 1 else 0.0
+        d_g_end = _enter_tile(grad_ptr, low_ptr, anchor_ptr, slot, live, is_last, memory, K, K, BK, BK, PER_CHUNK)
+        tl.store(d_g_end_ptr + memory * num_tiles + i, d_g_end)
+        tl.debug_barrier()
+        low = _load_matrix(low_ptr, K, K, BK, BK)
+        residual = _load_tokens(residual_ptr, there, rows, K, BK, TILE)
+        _store_tokens(d_y_ptr, -tl.dot(residual, low, input_precision=PRECISION), there, rows, K, BK, TILE)
+        y = _load_tokens(y_ptr, here, rows, K, BK, TILE)
+        d_residual = -tl.dot(y, tl.trans(low), input_precision=PRECISION)
+        d_residual += _load_gradient(in_residual_ptr, there, rows, K, BK, TILE)
+        # residual = g_prev W k + bounded(W k - target)
+        a = _load_matrix(w_ptr + (slots + anchor) * (K * K), K, K, BK, BK)
+        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+        v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
+        pre = tl.dot(k, tl.trans(a), input_precision=PRECISION)
+        target, target_scale = _linear_target(v, a, NORMALIZE, SELF_TARGET, PRECISION)
+        error, scale = _bounded(pre - target, inverse_square, HUBER)
+        d_error = _bounded_backward(d_residual, error, scale, inverse_square, HUBER)
+        d_target = _unit_backward(-d_error, target, target_scale, NORMALIZE)
+        if SELF_TARGET:
+            _store_tokens(d_target_ptr, d_target, 0, rows, K, BK, TILE)
+            d_target = tl.dot(d_target.to(dtype), a, input_precision=PRECISION)
+        _store_tokens(d_v_ptr, d_target, there, rows, K, BK, TILE)
+        if ERASE:
+            d_passed = d_residual * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
+            if PER_CHUNK > 1:
+                pre = tl.dot(k, tl.trans(_load_matrix(slot, K, K, BK, BK)), input_precision=PRECISION)
+                _store_tokens(d_passed_ptr, d_passed, 0, rows, K, BK, TILE)
+            else:
+                d_error += d_passed
+            _store_scalars(d_g_prev_ptr, tl.sum(d_residual * pre, 1), there, rows, TILE)
+        _store_tokens(d_pre_ptr, d_error, 0, rows, K, BK, TILE)
+        d_k = tl.dot(d_error.to(dtype), a, input_precision=PRECISION)
+        if ERASE and PER_CHUNK > 1:
+            d_k = tl.dot(d_passed.to(dtype), _load_matrix(slot, K, K, BK, BK), d_k, input_precision=PRECISION)
+        _store_tokens(d_k_ptr, d_k, there, rows, K, BK, TILE)
+        tl.debug_barrier()
+        is_first = i == anchor
+        is_reset = False
+        if reset_ptr is not None:
+            is_reset = is_first & (tl.load(reset_ptr + row * num_chunks + chunk) != 0)
+        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+        of_w = tl.dot(tl.trans(_load_tokens(d_pre_ptr, 0, rows, K, BK, TILE)), k, input_precision=PRECISION)
+        if SELF_TARGET:
+            v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
+            of_w = tl.dot(tl.trans(_load_tokens(d_target_ptr, 0, rows, K, BK, TILE)), v, of_w, input_precision=PRECISION)
+        of_passed = None
+        if ERASE and PER_CHUNK > 1:
+            of_passed = tl.dot(tl.trans(_load_tokens(d_passed_ptr, 0, rows, K, BK, TILE)), k, input_precision=PRECISION)
+        _leave_tile(
+            grad_ptr, anchor_ptr, read_ptr, start_ptr, of_passed, of_w, keep, is_first, is_reset, memory, i, num_tiles,
+            K, K, BK, BK, PER_CHUNK, READS_ANCHOR,
+        )  # fmt: skip
+        tl.debug_barrier()
 
 
 def _constants(k: torch.Tensor, rule: MemoryRule, tiling: Tiling) -> dict:
@@ -345,33 +698,119 @@ def write_forward(
     tiles: range,
     commit: torch.Tensor | None = None,
     reset: torch.Tensor | None = None,
-    start: States | None = None,
+    start: tuple[torch.Tensor, ...] = (),
 ) -> None:
-    """Write the tokens of whole chunks into R = L * S memories, S memories a row: fills states and signals.
+    """Write the tokens of whole chunks into R = L * S memories, S memories a row: fills slots and signals, moves the current state on.
 
-    k, v [L, T, K]: fp32 or bf16. terms: `chunk_terms.triton_.Terms` of all tiles (y, w, g_prev and g_end are used). states: slots [R, NT + 1,
-    ...], of which slot tiles.start is given and tiles.start + 1 .. tiles.stop are filled. signals: filled at the tokens of the tiles.
-    commit, reset: uint8 [L, N] or None; a chunk without commit leaves its anchor in the slot after its last tile, a reset chunk starts
-    from start [R, ...], which is then written to the slot of its first tile.
+    k, v [L, T, K]: fp32 or bf16. terms: `chunk_terms.triton_.Terms` of all tiles (y, w, g_prev and g_end are used). states: slots
+    tiles.start .. tiles.stop are filled. signals: filled at the tokens of the tiles. commit, reset: uint8 [L, N] or None; a chunk without
+    commit leaves the state as it was, a reset chunk begins with start (W2 [R, F, K], W1 [R, K, F]) or (W [R, K, K],), fp32.
     """
     rows, tokens, width = k.shape
-    slots = states.weights[0]
-    memories, hidden = slots.shape[0], slots.shape[-2]
+    memories, hidden = states.current[0].shape[:2]
     _check(k, v, terms, states, rule=rule, tiling=tiling, tiles=tiles)
-    masks = (commit, reset, *((None,) * len(states.weights) if reset is None else start.weights))
+    absent = (None,) * len(states.current)
+    kept = absent if commit is None else tuple(torch.empty_like(t) for t in states.current)
+    moved = (commit, reset, *(start or absent), *kept, *states.weights, *states.current)
     sizes = (tokens, tiling.num_tiles, tiling.num_chunks, memories // rows, tiles.start, tiles.stop, rule.huber_delta**-2)
     warps = tuning(width=width, hidden=hidden).warps_of("write_forward")
     if rule.memory == "linear":
         _linear_forward[(memories,)](
-            k, v, terms.y, terms.g_prev, terms.g_end, *masks, *states.weights, signals.residual, *sizes,
-            **_constants(k, rule, tiling), num_warps=warps,
-        )  # fmt: skip
+            k, v, terms.y, terms.g_prev, terms.g_end, *moved, signals.residual, *sizes, **_constants(k, rule, tiling), num_warps=warps
+        )
         return
     _mlp_forward[(memories,)](
-        k, v, terms.y, terms.w, terms.g_prev, terms.g_end, *masks, *states.weights,
+        k, v, terms.y, terms.w, terms.g_prev, terms.g_end, *moved,
         signals.residual, signals.error, signals.hidden, signals.scale, *sizes,
         **_constants(k, rule, tiling), F=hidden, BF=padded(hidden), num_warps=warps,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WriteGradients:
+    """Gradients of a call of `write_forward`, fp32; filled at its tiles.
+
+    k, v, y [R, T, K], w, g_prev [R, T], g_end [R, NT]: each memory's share; None where the rule does not use the input. current: of the state
+    at the start of the first tile. start: of the start, added to what was there; () without resets.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    y: torch.Tensor
+    w: torch.Tensor | None
+    g_prev: torch.Tensor | None
+    g_end: torch.Tensor
+    current: tuple[torch.Tensor, ...]
+    start: tuple[torch.Tensor, ...]
+
+    @staticmethod
+    def empty(k: torch.Tensor, current: tuple[torch.Tensor, ...], *, rule: MemoryRule, tiling: Tiling, resets: bool) -> "WriteGradients":
+        """Room for the gradients of keys k [L, T, K] and memories with states like `current`."""
+        memories, device = len(current[0]), k.device
+        wide = [torch.empty(memories, *k.shape[1:], dtype=torch.float32, device=device) for _ in range(3)]
+        narrow = [torch.empty(memories, k.shape[1], dtype=torch.float32, device=device) for _ in range(2)]
+        return WriteGradients(
+            *wide,
+            w=narrow[0] if rule.memory == "mlp" else None,
+            g_prev=narrow[1] if rule.erases(0) else None,
+            g_end=torch.empty(memories, tiling.num_tiles, dtype=torch.float32, device=device),
+            current=tuple(torch.empty_like(t) for t in current),
+            start=tuple(torch.zeros_like(t) for t in current) if resets else (),
+        )
+
+
+def write_backward(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    terms,
+    states: States,
+    signals: Signals,
+    d_current: tuple[torch.Tensor, ...],
+    *,
+    rule: MemoryRule,
+    tiling: Tiling,
+    tiles: range,
+    d_signals: Signals | None = None,
+    d_reads: tuple[torch.Tensor, ...] = (),
+    read: str = "causal",
+    commit: torch.Tensor | None = None,
+    reset: torch.Tensor | None = None,
+    out: WriteGradients | None = None,
+) -> WriteGradients:
+    """Backward of `write_forward`, given its arguments after the call (of states the slots only).
+
+    d_current: gradient of the state after the last tile, fp32, shapes of states.current. d_signals: gradients of residual, error and hidden
+    from the reads, fp32, each may be None. d_reads: gradients of the weights that the reads of every tile saw, fp32 [R, NT, ...]: with read =
+    "causal" those at the start of the tile, with "anchor" those of its chunk; () where nothing reads.
+    """
+    rows, tokens, width = k.shape
+    memories, hidden = d_current[0].shape[:2]
+    _check(k, v, terms, states, rule=rule, tiling=tiling, tiles=tiles)
+    out = out or WriteGradients.empty(k, d_current, rule=rule, tiling=tiling, resets=reset is not None)
+    for to, given in zip(out.current, d_current, strict=True):
+        to.copy_(given)
+    absent = (None,) * len(d_current)
+    anchors = tuple(torch.empty_like(t) for t in d_current) if tiling.per_chunk > 1 else absent
+    low = tuple(torch.empty_like(t, dtype=k.dtype) for t in d_current)
+    size = (5 * hidden + 2 * width) if rule.memory == "mlp" else 3 * width
+    parked = torch.empty(memories, tiling.tile, size, dtype=k.dtype, device=k.device)
+    from_reads = d_signals or Signals(None)
+    walked = (*(d_reads or absent), *out.current, *anchors, *(out.start or absent), *low, parked)
+    sizes = (tokens, tiling.num_tiles, tiling.num_chunks, memories // rows, tiles.start, tiles.stop, rule.huber_delta**-2)
+    constants = _constants(k, rule, tiling) | {"READS_ANCHOR": read == "anchor"}
+    warps = tuning(width=width, hidden=hidden).warps_of("write_backward")
+    if rule.memory == "linear":
+        _linear_backward[(memories,)](
+            k, v, terms.y, terms.g_prev, terms.g_end, commit, reset, *states.weights, signals.residual, from_reads.residual, *walked,
+            out.k, out.v, out.y, out.g_prev, out.g_end, *sizes, **constants, num_warps=warps,
+        )  # fmt: skip
+        return out
+    _mlp_backward[(memories,)](
+        k, v, terms.y, terms.w, terms.g_prev, terms.g_end, commit, reset, *states.weights,
+        signals.residual, signals.error, signals.hidden, signals.scale, from_reads.residual, from_reads.error, from_reads.hidden, *walked,
+        out.k, out.v, out.y, out.w, out.g_prev, out.g_end, *sizes, **constants, F=hidden, BF=padded(hidden), num_warps=warps,
+    )  # fmt: skip
+    return out
 
 
 def _check(k: torch.Tensor, v: torch.Tensor, terms, states: States, *, rule: MemoryRule, tiling: Tiling, tiles: range) -> None:
@@ -379,5 +818,6 @@ def _check(k: torch.Tensor, v: torch.Tensor, terms, states: States, *, rule: Mem
     assert supports(rule), rule
     assert k.shape == v.shape and k.dtype == v.dtype == terms.y.dtype and k.shape[1] == tiling.tokens
     assert tiles.start % tiling.per_chunk == 0 and (tiles.stop % tiling.per_chunk == 0 or tiles.stop == tiling.num_tiles)
-    assert all(t.shape[1] == tiling.num_tiles + 1 and t.shape[0] % k.shape[0] == 0 and t.dtype == torch.float32 for t in states.weights)
-    assert all(t.is_contiguous() for t in (k, v, terms.y, terms.w, terms.g_prev, terms.g_end, *states.weights))
+    assert all(t.shape[1] == tiling.num_tiles + 1 and t.shape[0] % k.shape[0] == 0 and t.dtype == k.dtype for t in states.weights)
+    assert all(t.dtype == torch.float32 for t in states.current)
+    assert all(t.is_contiguous() for t in (k, v, terms.y, terms.w, terms.g_prev, terms.g_end, *states.weights, *states.current))

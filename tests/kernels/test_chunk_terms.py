@@ -7,13 +7,16 @@ from hope_kernels import fused
 from hope_kernels.chunk_terms import chunk_inverse, reference, unit_lower_inverse
 from hope_kernels.chunk_terms.tiles import join_tiles, split_tiles
 from hope_kernels.tiling import Tiling
-from hope_pt.testing.scans import SCAN, Size, gates, mismatches, random_like_keys
+from hope_pt.testing.scans import REPEAT, SCAN, Size, gates, mismatches, random_like_keys
 
 FP32 = 1e-5
 BF16 = 5e-3
 BF16_GRADIENT = 1.5e-2
 INVERSE = 1e-6
 """The inverse in fp32: substitution and merges add a few roundings; Neumann's series would be at 1e1 for correlated keys."""
+
+ENDS = ("g_end", "kappa_end", "mu_total")
+"""Terms of tiles, not of tokens."""
 
 TILINGS = {
     "one tile": Tiling(16, 16, 16),
@@ -217,6 +220,103 @@ def test_gradient_of_the_inverse_of_keys(device):
         flows = torch.autograd.grad(found, list(taken.values()), d_inverse.float().to(device))
         pairs = {name: (flow.cpu(), goal) for name, flow, goal in zip(taken, flows, wanted, strict=True)}
         assert not mismatches({n: a for n, (a, _) in pairs.items()}, {n: b for n, (_, b) in pairs.items()}, tolerance=FP32)
+
+
+def momentum_leaves(tiling, *, keys="correlated", retention="mixed", width=6):
+    """Leaves of terms with momentum, and of a memory that uses them: W_0, S_0 and error signals of every tile."""
+    inputs = leaves(tiling, keys=keys, retention=retention, width=width)
+    generator = torch.Generator().manual_seed(2)
+    inputs["log_mu"] = -torch.rand(inputs["eta"].shape, generator=generator, dtype=torch.float64)
+    inputs["log_mu"][:, 1::3] = -20.0
+    rows = len(inputs["k"])
+    for name, shape in (("weight", (rows, tiling.num_tiles, 5, width)), ("slow", (rows, tiling.num_tiles, 5, width))):
+        inputs[name] = torch.randn(shape, generator=generator, dtype=torch.float64)
+    inputs["delta"] = torch.randn(rows, tiling.tokens, 5, generator=generator, dtype=torch.float64)
+    return inputs
+
+
+def momentum_recurrence(leaf, tiling, *, erase):
+    """(reads [L, T, 5], W and S at every tile's end) token by token, each tile from its own W_0 and S_0."""
+    reads, weights, slows = [], [], []
+    for tile in range(tiling.num_tiles):
+        weight, slow = leaf["weight"][:, tile], leaf["slow"][:, tile]
+        first = tile // tiling.per_chunk * tiling.chunk + tile % tiling.per_chunk * tiling.tile
+        for t in range(first, min(first + tiling.tile, (tile // tiling.per_chunk + 1) * tiling.chunk, tiling.tokens)):
+            x, delta = leaf["k"][:, t, None, :], leaf["delta"][:, t, :, None]
+            eta, alpha, mu = (leaf[name][:, t, None, None] for name in ("eta", "log_alpha", "log_mu"))
+            slow = mu.exp() * slow - eta * delta * x
+            weight = alpha.exp() * weight - (eta * (weight @ x.mT) * x if erase else 0) + slow
+            reads.append((weight @ leaf["q"][:, t, :, None]).squeeze(-1))
+        weights.append(weight)
+        slows.append(slow)
+    return {"reads": torch.stack(reads, 1), "weight": torch.stack(weights, 1), "slow": torch.stack(slows, 1)}
+
+
+def by_momentum_terms(leaf, tiling, *, erase, backend):
+    """The same from the terms, as `MomentumTerms` says."""
+    from hope_kernels.chunk_terms.momentum import momentum_terms
+
+    k, q = leaf["k"], leaf["q"]
+    terms = momentum_terms(k, q, leaf["eta"], leaf["log_alpha"], leaf["log_mu"], tiling=tiling, erase=erase, backend=backend)
+    t = {name: None if x is None else x if name in ENDS else split_tiles(x, tiling) for name, x in terms._asdict().items()}
+    x, q, delta = (split_tiles(leaf[name], tiling) for name in ("k", "q", "delta"))
+    weight, slow = leaf["weight"], leaf["slow"]
+    reads = t["g"][..., None] * (q @ weight.mT) + t["kappa"][..., None] * (q @ slow.mT) - t["m_delta"] @ delta
+    end = t["g_end"][..., None, None] * weight + t["kappa_end"][..., None, None] * slow - delta.mT @ t["y_delta"]
+    if erase:
+        r = t["g_prev"][..., None] * (x @ weight.mT) + t["kappa_prev"][..., None] * (x @ slow.mT)
+        reads, end = reads - t["m"] @ r, end - r.mT @ t["y"]
+    else:  # what a layer of other inputs needs: here of the same
+        same = {"n": t["n"] * (q @ x.mT), "w": t["w"][..., None] * x}
+        assert not mismatches(same, {"n": t["m_delta"], "w": t["y_delta"]}, tolerance=FP32 if q.dtype == torch.float32 else REPEAT)
+    slow_end = t["mu_total"][..., None, None] * slow - (t["u"][..., None] * delta).mT @ x
+    return {"reads": join_tiles(reads, tiling), "weight": end, "slow": slow_end}
+
+
+def with_flows(function, inputs, **options):
+    """Results of a function of leaves, and the gradients of a fixed random combination of them."""
+    leaf = {name: t.clone().requires_grad_() for name, t in inputs.items()}
+    found = function(leaf, **options)
+    cotangents = with_cotangents(found)
+    flows = torch.autograd.grad(list(found.values()), list(leaf.values()), [cotangents[n].to(t) for n, t in found.items()])
+    return {n: t.detach() for n, t in found.items()}, {f"d_{n}": t for n, t in zip(leaf, flows, strict=True)}
+
+
+@pytest.mark.parametrize("erase", (True, False), ids=("erase", "decay_only"))
+@pytest.mark.parametrize("retention", ("mixed", "zero", "one"))
+@pytest.mark.parametrize("name", ("one token", "chunks of several tiles", "last chunk of fewer tiles"))
+def test_momentum_terms_are_the_recurrence(name, retention, erase):
+    tiling = TILINGS[name]
+    inputs = momentum_leaves(tiling, retention=retention)
+    wanted, wanted_flows = with_flows(momentum_recurrence, inputs, tiling=tiling, erase=erase)
+    found, flows = with_flows(by_momentum_terms, inputs, tiling=tiling, erase=erase, backend="chunked")
+    assert not mismatches(found, wanted, tolerance=SCAN)
+    assert not mismatches(flows, wanted_flows, tolerance=SCAN)
+
+
+@pytest.mark.parametrize("keys", ("random", "correlated", "identical"))
+@pytest.mark.parametrize("retention", ("mixed", "zero", "one"))
+def test_momentum_terms_in_fp32(retention, keys, device):
+    tiling = Tiling(75, 70, 64)
+    inputs = momentum_leaves(tiling, keys=keys, retention=retention, width=24)
+    wanted, wanted_flows = with_flows(momentum_recurrence, rounded(inputs, torch.float32), tiling=tiling, erase=True)
+    taken = {name: t.float().to(device) for name, t in inputs.items()}
+    found, flows = with_flows(by_momentum_terms, taken, tiling=tiling, erase=True, backend="triton")
+    assert not mismatches({n: t.cpu() for n, t in found.items()}, wanted, tolerance=FP32)
+    assert not mismatches({n: t.cpu() for n, t in flows.items()}, wanted_flows, tolerance=FP32)
+
+
+@pytest.mark.parametrize("keys", ("random", "identical"))
+def test_momentum_terms_in_bf16(keys, device):
+    from hope_kernels.chunk_terms.momentum import momentum_terms
+
+    tiling = Tiling(75, 70, 64)
+    inputs = momentum_leaves(tiling, keys=keys, width=24)
+    names = ("k", "q", "eta", "log_alpha", "log_mu")
+    exact = [rounded(inputs, torch.bfloat16)[name] for name in names]
+    taken = [t.to(device, torch.bfloat16 if name in "kq" else torch.float32) for name, t in zip(names, exact, strict=True)]
+    found, wanted = (momentum_terms(*arguments, tiling=tiling, erase=True)._asdict() for arguments in (taken, exact))
+    assert not mismatches({name: t.cpu() for name, t in found.items()}, wanted, tolerance=BF16)
 
 
 def recurrence_inverse(inputs, tiling):

@@ -13,7 +13,7 @@ from torch import nn
 
 from hope_kernels.backend import scan_backend
 from hope_kernels.memory_scan import memory_scan
-from hope_kernels.pointwise.chunked import conv_silu, norm_gate
+from hope_kernels.pointwise import conv_silu, norm_gate
 from hope_kernels.projection_scan import Generated, Inputs, Readout, projection_scan
 from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
 from hope_pt.config.schema import ModelConfig, TitansConfig
@@ -95,12 +95,10 @@ class TitansCore(nn.Module):
         qkv, gate, *logit = x_BTHP.split([3 * self.head_width, self.head_width, *([1] if self.rule.momentum else [])], -1)
         inputs, tail, opened = self._streams(qkv, logit[0].squeeze(-1) if logit else None, state, layout)
         generated, memory = self._scans(inputs, state, layout, keep=state is not None)
-        y_BTHK = generated.transpose(1, 2)
-        if layout is not None:
-            y_BTHK = layout.from_grid(y_BTHK)
-        y = norm_gate(y_BTHK, self.out_norm.to(y_BTHK.dtype), gate.to(y_BTHK.dtype), eps=self.norm_eps)
+        y_BHTK = generated if layout is None else layout.from_grid(generated.transpose(1, 2)).transpose(1, 2)
+        y_BTHK = norm_gate(y_BHTK, self.out_norm, gate, eps=self.norm_eps, backend=self.config.backend)
         new_state = None if state is None else {**memory, "tail": tail, **opened}
-        return y.flatten(2).to(projected_BTP.dtype), new_state
+        return y_BTHK.flatten(2), new_state
 
     def streams(self, x_BTHP: torch.Tensor, state: LayerState | None, layout: Layout | None):
         """Convolved static streams on the grid as scan inputs, the new convolution tail, and the open part of the last chunk."""
@@ -109,19 +107,16 @@ class TitansCore(nn.Module):
 
     def _streams(self, qkv_BTHX: torch.Tensor, logit_BTH: torch.Tensor | None, state: LayerState | None, layout: Layout | None):
         wide = torch.promote_types(qkv_BTHX.dtype, torch.float32)
-        weight, tail = self.conv_weight.to(wide), None
-        if layout is None:
-            streams = conv_silu(qkv_BTHX.to(wide), weight)
-        else:
-            conv, tail = causal_conv(qkv_BTHX.to(wide), weight, None if state is None else state["tail"], layout)
-            streams = F.silu(conv)
         mu = F.logsigmoid(logit_BTH.to(wide) + self.mu_bias.to(wide)) if self.rule.momentum else None
-        live, opened = None, {}
-        if layout is not None:
-            streams = layout.to_grid(streams, None if state is None else state["open"])
-            live = (layout.source_BG != 0).unsqueeze(1).to(wide)
-            if mu is not None:
-                mu = layout.to_grid(mu, None if state is None else state["open_log_mu"])
+        if layout is None:
+            q, k, v = conv_silu(qkv_BTHX, self.conv_weight, dtype=wide, backend=self.config.backend)
+            return Inputs(k, v, q, None, None if mu is None else mu.transpose(1, 2)), None, {}
+        conv, tail = causal_conv(qkv_BTHX.to(wide), self.conv_weight.to(wide), None if state is None else state["tail"], layout)
+        streams = layout.to_grid(F.silu(conv), None if state is None else state["open"])
+        live = (layout.source_BG != 0).unsqueeze(1).to(wide)
+        if mu is not None:
+            mu = layout.to_grid(mu, None if state is None else state["open_log_mu"])
+        opened = {}
         if state is not None:
             opened["open"] = layout.open_part(streams)
             if mu is not None:

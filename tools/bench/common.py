@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,23 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "bench" / "results"
+PACKAGES = ("torch", "triton", "megatron-core", "hope-pt", "fla-core")
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what a figure was measured."""
+    """Where and with what a figure was measured; None for a package that is not installed, and for the commit outside a checkout."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_at_start": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "megatron-core": version("megatron-core"),
-            "hope-pt": version("hope-pt"),
-        },
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **{name: _version(name) for name in PACKAGES}},
     }
 
 
@@ -54,10 +51,10 @@ def peak_mib(work: Callable[[], object]) -> float:
     return (_status_kib("VmHWM") - before) / 1024
 
 
-def write_results(name: str, results: dict[str, Any]) -> Path:
-    """tools/bench/results/NAME.json."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_results(name: str, results: dict[str, Any], *, folder: Path = RESULTS) -> Path:
+    """tools/bench/results/NAME.json, or in another folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     return path
 
@@ -76,5 +73,17 @@ def _cpu_model() -> str:
     return platform.processor()
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints, or None where it is missing or this is a copy without its history."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -53,7 +53,7 @@ def leaves_of(case: Case) -> dict[str, torch.Tensor]:
         matrices |= {"w1": (*slots, case.width, inner)}
     random = lambda shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     leaves = {name: random(shape).to(case.dtype).double() for name, shape in operands.items()}
-    leaves |= {name: 0.4 * random(shape) for name, shape in matrices.items()} | {"g": random(rows).sigmoid()}
+    leaves |= {name: (0.4 * random(shape)).to(case.dtype).double() for name, shape in matrices.items()} | {"g": random(rows).sigmoid()}
     for name in ("m", "n"):
         if name in leaves:
             leaves[name] = squares(leaves[name], case.tiles)
@@ -108,14 +108,14 @@ def upstream(case: Case) -> torch.Tensor:
 def by_kernel(case: Case, device: torch.device) -> dict[str, torch.Tensor]:
     leaves = leaves_of(case)
     operand = lambda name: None if name not in leaves else leaves[name].to(device, case.dtype)  # noqa: E731
-    states = States(tuple(leaves[name].to(device, torch.float32) for name in ("w2", "w1") if name in leaves))
+    states = States(tuple(operand(name) for name in ("w2", "w1") if name in leaves), ())
     signals = Signals(operand("residual"), operand("error"), operand("hidden"))
     terms = Terms(leaves["g"].to(device, torch.float32), None, None, None, None, operand("m"), operand("n"))
     settings = {"rule": case.rule, "tiling": case.tiles, "tiles": range(case.tiles.num_tiles), "read": case.read}
     y = read_forward(operand("q"), states, signals, terms, **settings)
     got = read_backward(upstream(case).to(device, case.dtype), operand("q"), states, signals, terms, **settings)
     found = {"q": got.q, "residual": got.residual, "error": got.error, "hidden": got.hidden}
-    found |= dict(zip(("w2", "w1"), got.states.weights)) | got.terms._asdict()
+    found |= dict(zip(("w2", "w1"), got.weights)) | got.terms._asdict()
     anchors = [anchor if case.read == "anchor" else index for index, (anchor, *_) in enumerate(spans(case.tiles))]
     for name in ("w2", "w1"):
         if name in found:  # every tile's share, added to the slot it was read from
@@ -160,7 +160,7 @@ def test_values_and_gradients(shape, memory, read, dtype, device):
 def test_a_run_of_tiles_fills_its_tokens_and_no_other(device):
     case = Case()
     leaves = {name: t.to(device, torch.float32) for name, t in leaves_of(case).items()}
-    states, signals = States((leaves["w2"], leaves["w1"])), Signals(leaves["residual"], leaves["error"], leaves["hidden"])
+    states, signals = States((leaves["w2"], leaves["w1"]), ()), Signals(leaves["residual"], leaves["error"], leaves["hidden"])
     terms = Terms(leaves["g"], None, None, None, None, leaves["m"], leaves["n"])
     settings = {"rule": case.rule, "tiling": case.tiles, "read": "causal"}
     whole = read_forward(leaves["q"], states, signals, terms, tiles=range(case.tiles.num_tiles), **settings)

@@ -4,6 +4,8 @@ A = X X^T and b A + c A A are both symmetric, so half of their blocks are redund
 with torch. Legend: B matrices, M the shorter side, N the longer.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -14,8 +16,7 @@ from hope_kernels.tuning import padded
 
 MAX_BLOCK = {torch.bfloat16: (128, 64), torch.float32: (64, 32)}
 """Largest block of the result and of the sum; fp32 takes three products and twice the shared memory for each."""
-NUM_WARPS = {128: 8}
-NUM_STAGES = 3
+MAX_STAGES = 3
 ALIGNMENT = 16
 """Divisor of both sides from which Triton knows that rows are aligned to its widest loads."""
 
@@ -84,10 +85,20 @@ def _symmetric_product(
         tl.store(out_ptr + mirrored, tl.trans(result), mask=(column[:, None] < rows) & (row[None, :] < rows))
 
 
-def blocks(rows: int, depth: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(block of the result, block of the sum) for x [rows, depth]."""
-    block, block_depth = MAX_BLOCK[dtype]
-    return min(block, padded(rows)), min(block_depth, padded(depth))
+class Launch(NamedTuple):
+    """Sides of the blocks of the result and of the sum, warps, and stages of the loop over the sum."""
+
+    block: int
+    block_depth: int
+    warps: int
+    stages: int
+
+
+def launch(rows: int, depth: int, dtype: torch.dtype) -> Launch:
+    """How x [rows, depth] is multiplied."""
+    block, block_depth = (min(most, padded(side)) for most, side in zip(MAX_BLOCK[dtype], (rows, depth)))
+    warps = 8 if dtype == torch.bfloat16 and block >= 64 else 4  # four would spill on Blackwell under triton 3.9
+    return Launch(block, block_depth, warps, min(MAX_STAGES, triton.cdiv(depth, block_depth)))
 
 
 def symmetric_product(
@@ -100,13 +111,13 @@ def symmetric_product(
     batch, rows, depth = x_BMN.shape
     assert x_BMN.dtype in MAX_BLOCK
     assert add_BMM is None or (add_BMM.is_contiguous() and add_BMM.shape == (batch, rows, rows) and add_BMM.dtype == x_BMN.dtype)
-    block, block_depth = blocks(rows, depth, x_BMN.dtype)
+    block, block_depth, warps, stages = launch(rows, depth, x_BMN.dtype)
     across = triton.cdiv(rows, block)
     out = torch.empty(batch, rows, rows, dtype=x_BMN.dtype, device=x_BMN.device)
     _symmetric_product[(batch * across * (across + 1) // 2,)](
         x_BMN, add_BMM, out, rows, depth, *x_BMN.stride(), add_scale, scale,
         ADD=add_BMM is not None, EVEN=rows % block == 0, EVEN_DEPTH=depth % block_depth == 0, BLOCK=block, BLOCK_DEPTH=block_depth,
-        PRECISION="tf32x3" if x_BMN.dtype == torch.float32 else "tf32", num_warps=NUM_WARPS.get(block, 4), num_stages=NUM_STAGES,
+        PRECISION="tf32x3" if x_BMN.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 

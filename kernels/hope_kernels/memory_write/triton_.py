@@ -163,62 +163,51 @@ def _load_gradient(pointer, first, rows, WIDTH: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _enter_tile(
-    grad, low, anchor_grad, slot, live, is_last, memory,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PER_CHUNK: tl.constexpr,
+    grad, low, anchor_grad, read_grad, slot, live, keep, is_last,
+    SIZE: tl.constexpr, PER_CHUNK: tl.constexpr, READS_ANCHOR: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """Begin the backward pass of a tile for one matrix, from the gradient of the state after it.
+    """Begin the backward pass of a tile for one matrix, from the gradient of the state after it; element by element, FLAT at a time.
 
-    Leaves the gradient of what the tile wrote in `low` (zero where `live` is 0: nothing was committed), and what a chunk without commit
-    hands to its anchor in anchor_grad. Returns the gradient of g_end.
+    `low` becomes the gradient of what the tile wrote (zero where `live` is 0: nothing was committed); `grad` that of the current state at the
+    tile's start as far as it does not go through products: kept, read. What reads saw, or kept without commit, was in a chunk of several
+    tiles the anchor: it goes to anchor_grad. Returns the gradient of g_end.
     """
-    value = _load_matrix(grad, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    if PER_CHUNK > 1:
-        if is_last:
-            _store_matrix(anchor_grad + memory * (ROWS * COLUMNS), value * (1 - live), ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    value *= live
-    _store_matrix(low, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    weight = _load_matrix(slot, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS).to(tl.float32)
-    return tl.sum(tl.sum(value * weight, 1), 0)
+    d_g_end = 0.0
+    for start in tl.range(0, SIZE, FLAT, num_stages=1):
+        at = start + tl.arange(0, FLAT)
+        inside = at < SIZE
+        value = tl.load(grad + at, inside, 0.0)
+        written = value * live
+        tl.store(low + at, written.to(low.dtype.element_ty), inside)
+        d_g_end += tl.sum(written * tl.load(slot + at, inside, 0.0).to(tl.float32), 0)
+        kept = value * keep
+        if PER_CHUNK > 1:
+            through = value * (1 - live)
+            if not is_last:
+                through = tl.load(anchor_grad + at, inside, 0.0)
+            if READS_ANCHOR and read_grad is not None:
+                through += tl.load(read_grad + at, inside, 0.0)
+            tl.store(anchor_grad + at, through, inside)
+        if (PER_CHUNK == 1 or not READS_ANCHOR) and read_grad is not None:
+            kept += tl.load(read_grad + at, inside, 0.0)
+        tl.store(grad + at, kept, inside)
+    return d_g_end
 
 
 @triton.jit
-def _leave_tile(
-    grad, anchor_grad, read_grad, start_grad, of_current, of_anchor, keep, is_first, is_reset, memory, i, num_tiles,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    PER_CHUNK: tl.constexpr, READS_ANCHOR: tl.constexpr,
-):  # fmt: skip
-    """End the backward pass of tile i for one matrix: `grad` becomes the gradient of the state at its start.
-
-    of_current, of_anchor: what the tile adds to the gradients of the two states it saw (None: nothing); read_grad [R, NT, ...] is what its
-    reads add to one of them. At a chunk's first tile both are the same state. A document that starts there hands the gradient to the start.
-    """
-    SIZE: tl.constexpr = ROWS * COLUMNS
-    value = _load_matrix(grad, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS) * keep
-    if of_current is not None:
-        value += of_current
-    if PER_CHUNK > 1:
-        anchor_grad += memory * SIZE
-        through = _load_matrix(anchor_grad, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS) + of_anchor
-    else:
-        value += of_anchor
-    if read_grad is not None:
-        from_reads = _load_matrix(read_grad + (memory * num_tiles + i) * SIZE, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-        if PER_CHUNK > 1 and READS_ANCHOR:
-            through += from_reads
-        else:
-            value += from_reads
-    if PER_CHUNK > 1:
-        if is_first:
-            value += through
-        else:
-            _store_matrix(anchor_grad, through, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    if start_grad is not None:
-        if is_reset:
-            start_grad += memory * SIZE
-            value += _load_matrix(start_grad, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-            _store_matrix(start_grad, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-            value = tl.zeros_like(value)
-    _store_matrix(grad, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+def _leave_chunk(grad, anchor_grad, start_grad, is_reset, SIZE: tl.constexpr, PER_CHUNK: tl.constexpr, FLAT: tl.constexpr):
+    """End the backward pass of a chunk for one matrix: the current state was the anchor, and after a reset the start."""
+    for start in tl.range(0, SIZE, FLAT, num_stages=1):
+        at = start + tl.arange(0, FLAT)
+        inside = at < SIZE
+        value = tl.load(grad + at, inside, 0.0)
+        if PER_CHUNK > 1:
+            value += tl.load(anchor_grad + at, inside, 0.0)
+        if start_grad is not None:
+            if is_reset:
+                tl.store(start_grad + at, value + tl.load(start_grad + at, inside, 0.0), inside)
+                value = tl.zeros_like(value)
+        tl.store(grad + at, value, inside)
 
 
 @triton.jit
@@ -443,23 +432,35 @@ def _mlp_backward(
     k_ptr, v_ptr, y_ptr, w_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr,
     w2_ptr, w1_ptr, residual_ptr, error_ptr, hidden_ptr, scale_ptr,
     in_residual_ptr, in_error_ptr, in_hidden_ptr, read2_ptr, read1_ptr,
-    grad2_ptr, grad1_ptr, anchor2_ptr, anchor1_ptr, start2_ptr, start1_ptr, low2_ptr, low1_ptr, parked_ptr,
+    grad2_ptr, grad1_ptr, anchor2_ptr, anchor1_ptr, start2_ptr, start1_ptr, low2_ptr, low1_ptr, parked_ptr, part_ptr,
     d_k_ptr, d_v_ptr, d_y_ptr, d_w_ptr, d_g_prev_ptr, d_g_end_ptr,
     tokens, num_tiles, num_chunks, memories_per_row, first_tile, end_tile, inverse_square,
     K: tl.constexpr, F: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
     CHUNK: tl.constexpr, TILE: tl.constexpr, PER_CHUNK: tl.constexpr, READS_ANCHOR: tl.constexpr,
     HUBER: tl.constexpr, ERASE: tl.constexpr, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of one MLP memory in reverse. Token blocks that the last products need wait in `parked` [R, TILE, 5 F + 2 K]."""
+    """The tiles of one MLP memory in reverse.
+
+    Between its products a tile lives in memory: operands in `parked` [R, TILE, 5 F + 2 K], a partial sum in `part` [R, TILE, F], d_k and d_v.
+    Registers hold the blocks of one product; and Triton spreads a product over eight warps only where its result enters no other product.
+    """
     memory = tl.program_id(0).to(tl.int64)
     row = memory // memories_per_row
     dtype = k_ptr.dtype.element_ty
     SIZE: tl.constexpr = F * K
+    FLAT: tl.constexpr = min(BF * BK, 4096)
     grad2_ptr += memory * SIZE
     grad1_ptr += memory * SIZE
     low2_ptr += memory * SIZE
     low1_ptr += memory * SIZE
     d_back_ptr = parked_ptr + memory * (TILE * (5 * F + 2 * K))
+    part_ptr += memory * (TILE * F)
+    if PER_CHUNK > 1:
+        anchor2_ptr += memory * SIZE
+        anchor1_ptr += memory * SIZE
+    if start2_ptr is not None:
+        start2_ptr += memory * SIZE
+        start1_ptr += memory * SIZE
     d_pre_ptr = d_back_ptr + TILE * F
     d_passed_ptr = d_pre_ptr + TILE * F
     d_pre_v_ptr = d_passed_ptr + TILE * F
@@ -479,8 +480,12 @@ def _mlp_backward(
             if is_last & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
                 live = 0.0
                 keep = 1.0 if PER_CHUNK == 1 else 0.0
-        d_g_end = _enter_tile(grad2_ptr, low2_ptr, anchor2_ptr, slot2, live, is_last, memory, F, K, BF, BK, PER_CHUNK)
-        d_g_end += _enter_tile(grad1_ptr, low1_ptr, anchor1_ptr, slot1, live, is_last, memory, K, F, BK, BF, PER_CHUNK)
+        reads = (memory * num_tiles + i) * SIZE
+        read2, read1 = None, None
+        if read2_ptr is not None:
+            read2, read1 = read2_ptr + reads, read1_ptr + reads
+        d_g_end = _enter_tile(grad2_ptr, low2_ptr, anchor2_ptr, read2, slot2, live, keep, is_last, SIZE, PER_CHUNK, READS_ANCHOR, FLAT)
+        d_g_end += _enter_tile(grad1_ptr, low1_ptr, anchor1_ptr, read1, slot1, live, keep, is_last, SIZE, PER_CHUNK, READS_ANCHOR, FLAT)
         tl.store(d_g_end_ptr + memory * num_tiles + i, d_g_end)
         tl.debug_barrier()
         # W2' = g_end W2 - residual^T y
@@ -495,14 +500,12 @@ def _mlp_backward(
         a1 = _load_matrix(w1_ptr + (slots + anchor) * SIZE, K, F, BK, BF)
         k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
         pre = tl.dot(k, tl.trans(a2), input_precision=PRECISION)
-        hidden, slope, curvature = _silu(pre)
-        error = _load_tokens(error_ptr, there, rows, K, BK, TILE)
-        back = tl.dot(error, a1, input_precision=PRECISION)
+        _, slope, curvature = _silu(pre)
+        back = tl.dot(_load_tokens(error_ptr, there, rows, K, BK, TILE), a1, input_precision=PRECISION)
         delta, delta_scale = _bounded(back * slope, inverse_square, HUBER)
         d_inner = _bounded_backward(d_residual, delta, delta_scale, inverse_square, HUBER)
+        _store_tokens(d_back_ptr, d_inner * slope, 0, rows, F, BF, TILE)
         d_pre = d_inner * back * curvature
-        d_back = (d_inner * slope).to(dtype)
-        _store_tokens(d_back_ptr, d_back, 0, rows, F, BF, TILE)
         if ERASE:
             d_passed = d_residual * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
             if PER_CHUNK > 1:
@@ -511,77 +514,99 @@ def _mlp_backward(
             else:
                 d_pre += d_passed
             _store_scalars(d_g_prev_ptr, tl.sum(d_residual * pre, 1), there, rows, TILE)
+        _store_tokens(part_ptr, d_pre, 0, rows, F, BF, TILE)
+        tl.debug_barrier()
         # W1' = g_end W1 - (w error)^T hidden, error = bounded(k + W1 hidden - target)
         low1 = _load_matrix(low1_ptr, K, F, BK, BF)
-        w = _load_scalars(w_ptr, here, rows, TILE)[:, None]
-        through = tl.dot(_load_tokens(hidden_ptr, there, rows, F, BF, TILE), tl.trans(low1), input_precision=PRECISION)
-        error = error.to(tl.float32)
+        hidden = _load_tokens(hidden_ptr, there, rows, F, BF, TILE)
+        through = tl.dot(hidden, tl.trans(low1), input_precision=PRECISION)
+        error = _load_tokens(error_ptr, there, rows, K, BK, TILE).to(tl.float32)
         _store_scalars(d_w_ptr, -tl.sum(through * error, 1), there, rows, TILE)
-        d_error = tl.dot(d_back, tl.trans(a1), -w * through, input_precision=PRECISION)
+        d_back = _load_tokens(d_back_ptr, 0, rows, F, BF, TILE)
+        d_error = tl.dot(d_back, tl.trans(a1), input_precision=PRECISION)
+        d_error -= through * _load_scalars(w_ptr, here, rows, TILE)[:, None]
         d_error += _load_gradient(in_error_ptr, there, rows, K, BK, TILE)
         d_error = _bounded_backward(d_error, error, _load_scalars(scale_ptr, there, rows, TILE), inverse_square, HUBER)
         _store_tokens(d_error_ptr, d_error, 0, rows, K, BK, TILE)
-        from_error = tl.dot(d_error.to(dtype), a1, input_precision=PRECISION)
-        d_hidden = from_error - tl.dot((w * error).to(dtype), low1, input_precision=PRECISION)
-        d_hidden += _load_gradient(in_hidden_ptr, there, rows, F, BF, TILE)
-        d_pre = (d_pre + d_hidden * slope).to(dtype)
-        _store_tokens(d_pre_ptr, d_pre, 0, rows, F, BF, TILE)
-        d_k = tl.dot(d_pre, a2, d_error, input_precision=PRECISION)
-        if ERASE and PER_CHUNK > 1:
-            d_k = tl.dot(d_passed.to(dtype), _load_matrix(slot2, F, K, BF, BK), d_k, input_precision=PRECISION)
-        _store_tokens(d_k_ptr, d_k, there, rows, K, BK, TILE)
-        # target = unit(v + W1 silu(W2 v)) or unit(v)
-        v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
-        d_target = -d_error
-        if SELF_TARGET:
-            hidden_v, slope_v, _ = _silu(tl.dot(v, tl.trans(a2), input_precision=PRECISION))
-            if NORMALIZE:
-                target, target_scale = _mlp_target(v, hidden_v, a1, NORMALIZE, SELF_TARGET, PRECISION)
-                d_target = _unit_backward(d_target, target, target_scale, NORMALIZE)
-                _store_tokens(d_target_ptr, d_target, 0, rows, K, BK, TILE)
-                from_error = -tl.dot(d_target.to(dtype), a1, input_precision=PRECISION)
-                _store_tokens(inner_ptr, hidden_v, 0, rows, F, BF, TILE)
-            else:
-                _store_tokens(inner_ptr, hidden - hidden_v, 0, rows, F, BF, TILE)
-            d_pre_v = (-from_error * slope_v).to(dtype)
-            _store_tokens(d_pre_v_ptr, d_pre_v, 0, rows, F, BF, TILE)
-            d_target = tl.dot(d_pre_v, a2, d_target, input_precision=PRECISION)
-        else:
-            target, target_scale = _unit(v.to(tl.float32), NORMALIZE)
-            d_target = _unit_backward(d_target, target, target_scale, NORMALIZE)
-        _store_tokens(d_v_ptr, d_target, there, rows, K, BK, TILE)
+        _store_tokens(d_k_ptr, d_error, there, rows, K, BK, TILE)
+        if not SELF_TARGET:
+            target, target_scale = _unit(_load_tokens(v_ptr, here, rows, K, BK, TILE).to(tl.float32), NORMALIZE)
+            _store_tokens(d_v_ptr, _unit_backward(-d_error, target, target_scale, NORMALIZE), there, rows, K, BK, TILE)
         tl.debug_barrier()
-        # the weights, from what is parked
-        is_first = i == anchor
-        is_reset = False
-        if reset_ptr is not None:
-            is_reset = is_first & (tl.load(reset_ptr + row * num_chunks + chunk) != 0)
-        d_error = tl.trans(_load_tokens(d_error_ptr, 0, rows, K, BK, TILE))
-        error = tl.trans(_load_tokens(error_ptr, there, rows, K, BK, TILE))
-        of_w1 = tl.dot(error, _load_tokens(d_back_ptr, 0, rows, F, BF, TILE), input_precision=PRECISION)
-        if SELF_TARGET and not NORMALIZE:
-            of_w1 = tl.dot(d_error, _load_tokens(inner_ptr, 0, rows, F, BF, TILE), of_w1, input_precision=PRECISION)
-        else:
-            of_w1 = tl.dot(d_error, _load_tokens(hidden_ptr, there, rows, F, BF, TILE), of_w1, input_precision=PRECISION)
-            if SELF_TARGET:
-                d_target = tl.trans(_load_tokens(d_target_ptr, 0, rows, K, BK, TILE))
-                of_w1 = tl.dot(d_target, _load_tokens(inner_ptr, 0, rows, F, BF, TILE), of_w1, input_precision=PRECISION)
-        _leave_tile(
-            grad1_ptr, anchor1_ptr, read1_ptr, start1_ptr, None, of_w1, keep, is_first, is_reset, memory, i, num_tiles,
-            K, F, BK, BF, PER_CHUNK, READS_ANCHOR,
-        )  # fmt: skip
-        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
-        of_w2 = tl.dot(tl.trans(_load_tokens(d_pre_ptr, 0, rows, F, BF, TILE)), k, input_precision=PRECISION)
+        if SELF_TARGET and NORMALIZE:
+            v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
+            hidden_v, _, _ = _silu(tl.dot(v, tl.trans(a2), input_precision=PRECISION))
+            _store_tokens(inner_ptr, hidden_v, 0, rows, F, BF, TILE)
+            target, target_scale = _mlp_target(v, hidden_v, a1, NORMALIZE, SELF_TARGET, PRECISION)
+            d_error = _load_tokens(d_k_ptr, there, rows, K, BK, TILE)
+            d_target = _unit_backward(-d_error, target, target_scale, NORMALIZE)
+            _store_tokens(d_target_ptr, d_target, 0, rows, K, BK, TILE)
+            _store_tokens(d_v_ptr, d_target, there, rows, K, BK, TILE)
+            tl.debug_barrier()
+        paced = (error * _load_scalars(w_ptr, here, rows, TILE)[:, None]).to(dtype)
+        d_error = _load_tokens(d_error_ptr, 0, rows, K, BK, TILE)
+        d_hidden = tl.dot(d_error, a1, input_precision=PRECISION)
         if SELF_TARGET:
             v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
-            of_w2 = tl.dot(tl.trans(_load_tokens(d_pre_v_ptr, 0, rows, F, BF, TILE)), v, of_w2, input_precision=PRECISION)
-        of_passed = None
+            hidden_v, slope_v, _ = _silu(tl.dot(v, tl.trans(a2), input_precision=PRECISION))
+            if NORMALIZE:
+                d_hidden_v = tl.dot(_load_tokens(d_target_ptr, 0, rows, K, BK, TILE), a1, input_precision=PRECISION)
+            else:
+                d_hidden_v = -d_hidden
+                hidden = _load_tokens(hidden_ptr, there, rows, F, BF, TILE).to(tl.float32)
+                _store_tokens(inner_ptr, hidden - hidden_v, 0, rows, F, BF, TILE)
+            _store_tokens(d_pre_v_ptr, d_hidden_v * slope_v, 0, rows, F, BF, TILE)
+        d_hidden -= tl.dot(paced, low1, input_precision=PRECISION)
+        d_hidden += _load_gradient(in_hidden_ptr, there, rows, F, BF, TILE)
+        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+        _, slope, _ = _silu(tl.dot(k, tl.trans(a2), input_precision=PRECISION))
+        d_pre = _load_tokens(part_ptr, 0, rows, F, BF, TILE) + d_hidden * slope
+        _store_tokens(d_pre_ptr, d_pre, 0, rows, F, BF, TILE)
+        tl.debug_barrier()
+        d_error = _load_tokens(d_k_ptr, there, rows, K, BK, TILE)
+        if SELF_TARGET:
+            d_target = _load_tokens(d_v_ptr, there, rows, K, BK, TILE) if NORMALIZE else -d_error
+            d_target += tl.dot(_load_tokens(d_pre_v_ptr, 0, rows, F, BF, TILE), a2, input_precision=PRECISION)
+            _store_tokens(d_v_ptr, d_target, there, rows, K, BK, TILE)
+        d_k = d_error + tl.dot(_load_tokens(d_pre_ptr, 0, rows, F, BF, TILE), a2, input_precision=PRECISION)
         if ERASE and PER_CHUNK > 1:
-            of_passed = tl.dot(tl.trans(_load_tokens(d_passed_ptr, 0, rows, F, BF, TILE)), k, input_precision=PRECISION)
-        _leave_tile(
-            grad2_ptr, anchor2_ptr, read2_ptr, start2_ptr, of_passed, of_w2, keep, is_first, is_reset, memory, i, num_tiles,
-            F, K, BF, BK, PER_CHUNK, READS_ANCHOR,
-        )  # fmt: skip
+            d_passed = _load_tokens(d_passed_ptr, 0, rows, F, BF, TILE)
+            d_k += tl.dot(d_passed, _load_matrix(slot2, F, K, BF, BK), input_precision=PRECISION)
+        _store_tokens(d_k_ptr, d_k, there, rows, K, BK, TILE)
+        # the weights, from what is parked
+        through2, through1 = grad2_ptr, grad1_ptr
+        if PER_CHUNK > 1:
+            through2, through1 = anchor2_ptr, anchor1_ptr
+        d_error = _load_tokens(d_error_ptr, 0, rows, K, BK, TILE)
+        total = _load_matrix(through1, K, F, BK, BF)
+        error = tl.trans(_load_tokens(error_ptr, there, rows, K, BK, TILE))
+        total = tl.dot(error, _load_tokens(d_back_ptr, 0, rows, F, BF, TILE), total, input_precision=PRECISION)
+        if SELF_TARGET and not NORMALIZE:
+            total = tl.dot(tl.trans(d_error), _load_tokens(inner_ptr, 0, rows, F, BF, TILE), total, input_precision=PRECISION)
+        else:
+            total = tl.dot(tl.trans(d_error), _load_tokens(hidden_ptr, there, rows, F, BF, TILE), total, input_precision=PRECISION)
+            if SELF_TARGET:
+                d_target = tl.trans(_load_tokens(d_target_ptr, 0, rows, K, BK, TILE))
+                total = tl.dot(d_target, _load_tokens(inner_ptr, 0, rows, F, BF, TILE), total, input_precision=PRECISION)
+        _store_matrix(through1, total, K, F, BK, BF)
+        total = _load_matrix(through2, F, K, BF, BK)
+        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+        total = tl.dot(tl.trans(_load_tokens(d_pre_ptr, 0, rows, F, BF, TILE)), k, total, input_precision=PRECISION)
+        if SELF_TARGET:
+            v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
+            total = tl.dot(tl.trans(_load_tokens(d_pre_v_ptr, 0, rows, F, BF, TILE)), v, total, input_precision=PRECISION)
+        _store_matrix(through2, total, F, K, BF, BK)
+        if ERASE and PER_CHUNK > 1:
+            d_passed = tl.trans(_load_tokens(d_passed_ptr, 0, rows, F, BF, TILE))
+            total = tl.dot(d_passed, k, _load_matrix(grad2_ptr, F, K, BF, BK), input_precision=PRECISION)
+            _store_matrix(grad2_ptr, total, F, K, BF, BK)
+        tl.debug_barrier()
+        is_reset = False
+        if reset_ptr is not None:
+            is_reset = tl.load(reset_ptr + row * num_chunks + chunk) != 0
+        if (i == anchor) & (is_reset | (PER_CHUNK > 1)):
+            _leave_chunk(grad2_ptr, anchor2_ptr, start2_ptr, is_reset, SIZE, PER_CHUNK, FLAT)
+            _leave_chunk(grad1_ptr, anchor1_ptr, start1_ptr, is_reset, SIZE, PER_CHUNK, FLAT)
         tl.debug_barrier()
 
 
@@ -598,8 +623,13 @@ def _linear_backward(
     memory = tl.program_id(0).to(tl.int64)
     row = memory // memories_per_row
     dtype = k_ptr.dtype.element_ty
+    FLAT: tl.constexpr = min(BK * BK, 4096)
     grad_ptr += memory * (K * K)
     low_ptr += memory * (K * K)
+    if PER_CHUNK > 1:
+        anchor_ptr += memory * (K * K)
+    if start_ptr is not None:
+        start_ptr += memory * (K * K)
     d_pre_ptr = parked_ptr + memory * (TILE * 3 * K)
     d_passed_ptr = d_pre_ptr + TILE * K
     d_target_ptr = d_passed_ptr + TILE * K
@@ -616,7 +646,10 @@ def _linear_backward(
             if is_last & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
                 live = 0.0
                 keep = 1.0 if PER_CHUNK == 1 else 0.0
-        d_g_end = _enter_tile(grad_ptr, low_ptr, anchor_ptr, slot, live, is_last, memory, K, K, BK, BK, PER_CHUNK)
+        read = None
+        if read_ptr is not None:
+            read = read_ptr + (memory * num_tiles + i) * (K * K)
+        d_g_end = _enter_tile(grad_ptr, low_ptr, anchor_ptr, read, slot, live, keep, is_last, K * K, PER_CHUNK, READS_ANCHOR, FLAT)
         tl.store(d_g_end_ptr + memory * num_tiles + i, d_g_end)
         tl.debug_barrier()
         low = _load_matrix(low_ptr, K, K, BK, BK)
@@ -652,22 +685,26 @@ def _linear_backward(
             d_k = tl.dot(d_passed.to(dtype), _load_matrix(slot, K, K, BK, BK), d_k, input_precision=PRECISION)
         _store_tokens(d_k_ptr, d_k, there, rows, K, BK, TILE)
         tl.debug_barrier()
-        is_first = i == anchor
-        is_reset = False
-        if reset_ptr is not None:
-            is_reset = is_first & (tl.load(reset_ptr + row * num_chunks + chunk) != 0)
+        through = grad_ptr
+        if PER_CHUNK > 1:
+            through = anchor_ptr
+        total = _load_matrix(through, K, K, BK, BK)
         k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
-        of_w = tl.dot(tl.trans(_load_tokens(d_pre_ptr, 0, rows, K, BK, TILE)), k, input_precision=PRECISION)
+        total = tl.dot(tl.trans(_load_tokens(d_pre_ptr, 0, rows, K, BK, TILE)), k, total, input_precision=PRECISION)
         if SELF_TARGET:
             v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
-            of_w = tl.dot(tl.trans(_load_tokens(d_target_ptr, 0, rows, K, BK, TILE)), v, of_w, input_precision=PRECISION)
-        of_passed = None
+            total = tl.dot(tl.trans(_load_tokens(d_target_ptr, 0, rows, K, BK, TILE)), v, total, input_precision=PRECISION)
+        _store_matrix(through, total, K, K, BK, BK)
         if ERASE and PER_CHUNK > 1:
-            of_passed = tl.dot(tl.trans(_load_tokens(d_passed_ptr, 0, rows, K, BK, TILE)), k, input_precision=PRECISION)
-        _leave_tile(
-            grad_ptr, anchor_ptr, read_ptr, start_ptr, of_passed, of_w, keep, is_first, is_reset, memory, i, num_tiles,
-            K, K, BK, BK, PER_CHUNK, READS_ANCHOR,
-        )  # fmt: skip
+            d_passed = tl.trans(_load_tokens(d_passed_ptr, 0, rows, K, BK, TILE))
+            total = tl.dot(d_passed, k, _load_matrix(grad_ptr, K, K, BK, BK), input_precision=PRECISION)
+            _store_matrix(grad_ptr, total, K, K, BK, BK)
+        tl.debug_barrier()
+        is_reset = False
+        if reset_ptr is not None:
+            is_reset = tl.load(reset_ptr + row * num_chunks + chunk) != 0
+        if (i == anchor) & (is_reset | (PER_CHUNK > 1)):
+            _leave_chunk(grad_ptr, anchor_ptr, start_ptr, is_reset, K * K, PER_CHUNK, FLAT)
         tl.debug_barrier()
 
 
@@ -796,6 +833,7 @@ def write_backward(
     parked = torch.empty(memories, tiling.tile, size, dtype=k.dtype, device=k.device)
     from_reads = d_signals or Signals(None)
     walked = (*(d_reads or absent), *out.current, *anchors, *(out.start or absent), *low, parked)
+    part = torch.empty(memories, tiling.tile, hidden, dtype=torch.float32, device=k.device)
     sizes = (tokens, tiling.num_tiles, tiling.num_chunks, memories // rows, tiles.start, tiles.stop, rule.huber_delta**-2)
     constants = _constants(k, rule, tiling) | {"READS_ANCHOR": read == "anchor"}
     warps = tuning(width=width, hidden=hidden).warps_of("write_backward")
@@ -807,7 +845,7 @@ def write_backward(
         return out
     _mlp_backward[(memories,)](
         k, v, terms.y, terms.w, terms.g_prev, terms.g_end, commit, reset, *states.weights,
-        signals.residual, signals.error, signals.hidden, signals.scale, from_reads.residual, from_reads.error, from_reads.hidden, *walked,
+        signals.residual, signals.error, signals.hidden, signals.scale, from_reads.residual, from_reads.error, from_reads.hidden, *walked, part,
         out.k, out.v, out.y, out.w, out.g_prev, out.g_end, *sizes, **constants, F=hidden, BF=padded(hidden), num_warps=warps,
     )  # fmt: skip
     return out

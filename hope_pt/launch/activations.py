@@ -3,8 +3,8 @@
 Nothing is computed or allocated: `AllocationCounter` follows the storages that the operations would make, so saved chunk boundaries,
 replay and hand-written backward passes count as they are in the code, and the figures follow it when it changes. The core of a mixer
 costs thousands of operations and is linear in rows and heads, so it is traced once with few of them and stands in the block as a
-block of bytes. megatron's linear layers, head and loss are imitated, because they need process groups: each function here says what
-of theirs it repeats.
+block of bytes. megatron's linear layers and the messages of the head are imitated, because they need process groups: each function here
+says what of theirs it repeats.
 Legend: B rows of a micro-batch, T tokens a rank holds of the residual stream, D width, V vocabulary of this rank.
 """
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hope_kernels.linear_cross_entropy import linear_cross_entropy
 from hope_pt.config.schema import ModelConfig
 from hope_pt.launch.allocations import AllocationCounter
 from hope_pt.nn import HopeBlock, Parts, model_layout
@@ -102,19 +103,25 @@ def block(model: ModelConfig, share: Share) -> Passing:
 
 @functools.cache
 def head(model: ModelConfig, share: Share) -> Passing:
-    """Final norm, logits, loss. Its backward pass ends with the gradient of its weight, which a tied embedding holds to the end."""
+    """Final norm, head, loss. Its backward pass ends with the gradient of its weight, which a tied embedding holds to the end.
+
+    Triton's kernels hold no more than plain torch, which is traced.
+    """
     with META:
         norm = RMSNorm(model.width, model.norm_eps)
         weight = nn.Parameter(torch.empty(model.vocab_size // share.tensor, model.width, dtype=share.dtype))
+        gathered = share.tensor if share.sequence_parallel else 1
+        targets = torch.empty(share.stream_tokens * gathered * share.rows, dtype=torch.int64)
     _drop_gradients([weight, norm.weight])
-    with AllocationCounter([weight, norm.weight]) as counter:
+    backend = "reference" if model.head_backend == "reference" else "chunked"
+    with AllocationCounter([weight, norm.weight, targets]) as counter:
         x = _input(share.stream_tokens, share.rows, model.width, dtype=share.dtype)
         before = _begin(counter)
-        logits = _Linear.apply(norm(x), weight, share.tensor if share.sequence_parallel else 1)
-        loss = _CrossEntropy.apply(logits)
-        del logits
-        total = loss.sum()
-        del loss
+        hidden = norm(x)
+        if gathered > 1:
+            hidden = _Gather.apply(hidden, gathered)
+        total = linear_cross_entropy(hidden.flatten(0, 1), weight, targets, backend=backend).sum()
+        del hidden
         return _finish(counter, total, before=before)
 
 
@@ -272,6 +279,19 @@ class _Linear(torch.autograd.Function):
         return share, torch.empty_like(weight), None
 
 
+class _Gather(torch.autograd.Function):
+    """All-gather along the sequence."""
+
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        return x.new_empty(x.shape[0] * ranks, *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream.new_empty(upstream.shape[0] // ctx.ranks, *upstream.shape[1:]), None
+
+
 class _Scatter(torch.autograd.Function):
     """Reduce-scatter along the sequence."""
 
@@ -283,22 +303,6 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         return upstream.new_empty(upstream.shape[0] * ctx.ranks, *upstream.shape[1:]), None
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """vocab_parallel_cross_entropy: an fp32 copy of the logits becomes the softmax in place, and that the gradient."""
-
-    @staticmethod
-    def forward(ctx, logits):
-        softmax = logits.float()
-        ctx.dtype = logits.dtype
-        ctx.save_for_backward(softmax)
-        return softmax.new_empty(softmax.shape[:-1])
-
-    @staticmethod
-    def backward(ctx, upstream):
-        (softmax,) = ctx.saved_tensors
-        return softmax.to(ctx.dtype)
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -50,9 +50,10 @@ def sent(config: RunConfig, mesh: Mesh, *, stage: int) -> Sent:
 def tensor_parallel(config: RunConfig, mesh: Mesh, share: Share, *, stage: int) -> float:
     """Column-parallel layers c = 1 + 2 levels, row-parallel layers r = 1 + levels of a block.
 
-    Sequence parallel: m (n - 1) / n S (L (3 c + 2 r) + [first stage] 2 + [last stage] 3): a column layer gathers its input forward, and
-    backward gathers it again and scatters its gradient; a row layer scatters forward and gathers backward; so do the embedding and the
-    head. Else m 2 (n - 1) / n S (L (c + r) + [first] + [last]): one all-reduce each, backward of a column layer, forward of a row layer.
+    Sequence parallel: m (n - 1) / n S (L (3 c + 2 r) + [first stage] 2 + [last stage] 2): a column layer gathers its input forward, and
+    backward gathers it again and scatters its gradient; a row layer scatters forward and gathers backward, and so does the embedding; the
+    head gathers forward and scatters backward. Else m 2 (n - 1) / n S (L (c + r) + [first] + [last]): one all-reduce each, backward of a
+    column layer and of the head, forward of a row layer and of the embedding.
     Recomputation repeats the forward part of the blocks, but for the scatter that ends a block (where it may stop early). The loss
     all-reduces three fp32 numbers a token; with sequence parallelism the gradients of all norms are all-reduced once a step.
     """
@@ -62,9 +63,10 @@ def tensor_parallel(config: RunConfig, mesh: Mesh, share: Share, *, stage: int) 
     first, last = stage == 0, stage == mesh.pipeline - 1
     ends = 0 if share.by_state else 1
     if mesh.sequence_parallel:
-        block, edges, repeated = 3 * columns + 2 * rows, 2 * first + 3 * last, columns + rows - ends
+        block, repeated = 3 * columns + 2 * rows, columns + rows - ends
     else:
-        block, edges, repeated = 2 * (columns + rows), 2 * first + 2 * last, 2 * (rows - ends)
+        block, repeated = 2 * (columns + rows), 2 * (rows - ends)
+    edges = 2 * first + 2 * last
     block += repeated if config.engine.recompute == "block" else 0
     losses = 3 * 2 * FP32 * share.rows * mesh.tokens_per_rank if last else 0
     norms = sum(2 * FP32 * p.numel for p in held(config, mesh, stage=stage) if p.is_replicated) if mesh.sequence_parallel else 0

@@ -106,7 +106,7 @@ def _pass_s(config: RunConfig, mesh: Mesh, share: activations.Share, gpu: GPU, a
     block += again * flops.get("attention", 0.0) / layers * tokens / (bf16 * assumed.attention)
     if config.model.mixer == "titans":
         block += _core_s(config, share, gpu, assumed, flops=flops) * (4 / 3 if again == 4 else 1)
-    head = 3 * flops["head"] * tokens / (bf16 * assumed.products) if stage == mesh.pipeline - 1 else 0.0
+    head = (3 * flops["head"] + flops["head_replay"]) * tokens / (bf16 * assumed.products) if stage == mesh.pipeline - 1 else 0.0
     found, micro = sent(config, mesh, stage=stage), mesh.num_microbatches
     links = [
         (found.tensor, mesh.tensor),

@@ -42,7 +42,8 @@ def flops_per_token(config: ModelConfig, *, seq_len: int) -> dict[str, float]:
     """FLOPs per token of a sequence of `seq_len` tokens, one document.
 
     By part, forward: projections, cms, head, and attention or memory. Then the sums: "forward", "backward", "replay" (what a sequence
-    longer than titans.save_every runs twice), "solves" (triangular solves of all passes) and "training", the sum of these four.
+    longer than titans.save_every runs twice), "head_replay" (logits that the backward pass computes again), "solves" (triangular solves of
+    all passes) and "training", the sum of these five.
     """
     layers, levels = config.num_layers, len(config.cms.periods)
     with torch.device("meta"):
@@ -63,6 +64,7 @@ def flops_per_token(config: ModelConfig, *, seq_len: int) -> dict[str, float]:
         "forward": sum(part.forward for part in work.values()),
         "backward": sum(part.backward for part in work.values()),
         "replay": replay,
+        "head_replay": 0.0 if config.head_backend == "reference" else work["head"].forward,
         "solves": sum(part.solves for part in work.values()),
     }
     return {**{name: part.forward for name, part in work.items()}, **sums, "training": sum(sums.values())}

@@ -97,7 +97,7 @@ def test_flops_are_what_torch_counts(titans):
     forward, backward = counted(config, LENGTH)
     got = flops_per_token(config, seq_len=LENGTH)
     assert got["forward"] == pytest.approx(forward, rel=1e-9)
-    assert got["backward"] + got["replay"] == pytest.approx(backward, rel=1e-9)
+    assert got["backward"] + got["replay"] + got["head_replay"] == pytest.approx(backward, rel=1e-9)
     assert (got["replay"] > 0) == (LENGTH > config.titans.save_every)
 
 
@@ -108,7 +108,7 @@ def test_flops_of_a_sequence_in_unequal_pieces(titans):
     forward, backward = counted(config, RAGGED)
     got = flops_per_token(config, seq_len=RAGGED)
     assert got["forward"] == pytest.approx(forward, rel=1e-9)
-    assert got["backward"] + got["replay"] == pytest.approx(backward, rel=0.01)
+    assert got["backward"] + got["replay"] + got["head_replay"] == pytest.approx(backward, rel=0.01)
 
 
 def test_flops_of_attention():
@@ -118,13 +118,13 @@ def test_flops_of_attention():
     got = flops_per_token(config, seq_len=LENGTH)
     whole = got["attention"] * 2 * LENGTH / (LENGTH + 1)
     assert got["forward"] - got["attention"] + whole == pytest.approx(forward, rel=1e-9)
-    assert got["backward"] - 2.5 * got["attention"] + 2 * whole == pytest.approx(backward, rel=1e-9)
+    assert got["backward"] + got["head_replay"] - 2.5 * got["attention"] + 2 * whole == pytest.approx(backward, rel=1e-9)
 
 
 @pytest.mark.parametrize("mixer", ["titans", "attention"])
 def test_flops_add_up(mixer):
     flops = flops_per_token(model_of(mixer, save_every=64), seq_len=LENGTH)
-    assert flops["training"] == pytest.approx(sum(flops[name] for name in ("forward", "backward", "replay", "solves")))
+    assert flops["training"] == pytest.approx(sum(flops[name] for name in ("forward", "backward", "replay", "head_replay", "solves")))
     parts = [flops[name] for name in ("projections", "cms", "head", "memory" if mixer == "titans" else "attention")]
     assert flops["forward"] == pytest.approx(sum(parts))
     assert flops["head"] == 2 * 128 * 512

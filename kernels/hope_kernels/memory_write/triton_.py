@@ -79,6 +79,13 @@ def _tile_rows(i, tokens, CHUNK: tl.constexpr, TILE: tl.constexpr, PER_CHUNK: tl
 
 
 @triton.jit
+def _identity(ids_ptr, memories_per_row):
+    """(memory, row) of the program. Loaded anew for every tile: else the addresses of all tensors would be kept in registers along the loop."""
+    memory = tl.load(ids_ptr + tl.program_id(0))
+    return memory.to(tl.int64), (memory // memories_per_row).to(tl.int64)
+
+
+@triton.jit
 def _token_block(rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Offsets and mask of [TILE, BLOCK] in a tensor [..., WIDTH], from the tile's first token on.
 
@@ -195,7 +202,7 @@ def _enter_tile(
 
 
 @triton.jit
-def _leave_chunk(grad, anchor_grad, start_grad, is_reset, SIZE: tl.constexpr, PER_CHUNK: tl.constexpr, FLAT: tl.constexpr):
+def _leave_chunk(grad, anchor_grad, start_grad, is_reset, memory, SIZE: tl.constexpr, PER_CHUNK: tl.constexpr, FLAT: tl.constexpr):
     """End the backward pass of a chunk for one matrix: the current state was the anchor, and after a reset the start."""
     for start in tl.range(0, SIZE, FLAT, num_stages=1):
         at = start + tl.arange(0, FLAT)
@@ -205,7 +212,8 @@ def _leave_chunk(grad, anchor_grad, start_grad, is_reset, SIZE: tl.constexpr, PE
             value += tl.load(anchor_grad + at, inside, 0.0)
         if start_grad is not None:
             if is_reset:
-                tl.store(start_grad + at, value + tl.load(start_grad + at, inside, 0.0), inside)
+                of_start = start_grad + memory * SIZE + at
+                tl.store(of_start, value + tl.load(of_start, inside, 0.0), inside)
                 value = tl.zeros_like(value)
         tl.store(grad + at, value, inside)
 
@@ -429,10 +437,10 @@ def _linear_forward(
 
 @triton.jit
 def _mlp_backward(
-    k_ptr, v_ptr, y_ptr, w_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr,
+    ids_ptr, k_ptr, v_ptr, y_ptr, w_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr,
     w2_ptr, w1_ptr, residual_ptr, error_ptr, hidden_ptr, scale_ptr,
     in_residual_ptr, in_error_ptr, in_hidden_ptr, read2_ptr, read1_ptr,
-    grad2_ptr, grad1_ptr, anchor2_ptr, anchor1_ptr, start2_ptr, start1_ptr, low2_ptr, low1_ptr, parked_ptr, part_ptr,
+    sums_ptr, parked_ptr, start2_ptr, start1_ptr,
     d_k_ptr, d_v_ptr, d_y_ptr, d_w_ptr, d_g_prev_ptr, d_g_end_ptr,
     tokens, num_tiles, num_chunks, memories_per_row, first_tile, end_tile, inverse_square,
     K: tl.constexpr, F: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
@@ -441,38 +449,33 @@ def _mlp_backward(
 ):  # fmt: skip
     """The tiles of one MLP memory in reverse.
 
-    Between its products a tile lives in memory: operands in `parked` [R, TILE, 5 F + 2 K], a partial sum in `part` [R, TILE, F], d_k and d_v.
-    Registers hold the blocks of one product; and Triton spreads a product over eight warps only where its result enters no other product.
+    Between its products a tile lives in memory. `sums`, fp32, has for every memory the gradients of the current weights and of the anchor's
+    and one block [TILE, F]; `parked`, in the dtype of the keys, has the gradients of the weights as operands and seven blocks. Registers hold the blocks of one product; and Triton spreads a product over eight warps only where its result enters no other product.
     """
-    memory = tl.program_id(0).to(tl.int64)
-    row = memory // memories_per_row
     dtype = k_ptr.dtype.element_ty
     SIZE: tl.constexpr = F * K
     FLAT: tl.constexpr = min(BF * BK, 4096)
-    grad2_ptr += memory * SIZE
-    grad1_ptr += memory * SIZE
-    low2_ptr += memory * SIZE
-    low1_ptr += memory * SIZE
-    d_back_ptr = parked_ptr + memory * (TILE * (5 * F + 2 * K))
-    part_ptr += memory * (TILE * F)
-    if PER_CHUNK > 1:
-        anchor2_ptr += memory * SIZE
-        anchor1_ptr += memory * SIZE
-    if start2_ptr is not None:
-        start2_ptr += memory * SIZE
-        start1_ptr += memory * SIZE
-    d_pre_ptr = d_back_ptr + TILE * F
-    d_passed_ptr = d_pre_ptr + TILE * F
-    d_pre_v_ptr = d_passed_ptr + TILE * F
-    inner_ptr = d_pre_v_ptr + TILE * F
-    d_error_ptr = inner_ptr + TILE * F
-    d_target_ptr = d_error_ptr + TILE * K
     for step in tl.range(0, end_tile - first_tile, num_stages=1):
         i = end_tile - 1 - step
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
+        memory, row = _identity(ids_ptr, memories_per_row)
         here, there = row * tokens + first, memory * tokens + first
         slots = memory * (num_tiles + 1)
         slot2, slot1 = w2_ptr + (slots + i) * SIZE, w1_ptr + (slots + i) * SIZE
+        grad2_ptr = sums_ptr + memory * (4 * SIZE + TILE * F)
+        grad1_ptr = grad2_ptr + SIZE
+        anchor2_ptr = grad1_ptr + SIZE
+        anchor1_ptr = anchor2_ptr + SIZE
+        part_ptr = anchor1_ptr + SIZE
+        low2_ptr = parked_ptr + memory * (2 * SIZE + TILE * (5 * F + 2 * K))
+        low1_ptr = low2_ptr + SIZE
+        d_back_ptr = low1_ptr + SIZE
+        d_pre_ptr = d_back_ptr + TILE * F
+        d_passed_ptr = d_pre_ptr + TILE * F
+        d_pre_v_ptr = d_passed_ptr + TILE * F
+        inner_ptr = d_pre_v_ptr + TILE * F
+        d_error_ptr = inner_ptr + TILE * F
+        d_target_ptr = d_error_ptr + TILE * K
         g_end = tl.load(g_end_ptr + row * num_tiles + i)
         live = 1.0
         keep = g_end
@@ -500,6 +503,11 @@ def _mlp_backward(
         a1 = _load_matrix(w1_ptr + (slots + anchor) * SIZE, K, F, BK, BF)
         k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
         pre = tl.dot(k, tl.trans(a2), input_precision=PRECISION)
+        if ERASE:
+            passed = pre
+            if PER_CHUNK > 1:
+                passed = tl.dot(k, tl.trans(_load_matrix(slot2, F, K, BF, BK)), input_precision=PRECISION)
+            _store_scalars(d_g_prev_ptr, tl.sum(d_residual * passed, 1), there, rows, TILE)
         _, slope, curvature = _silu(pre)
         back = tl.dot(_load_tokens(error_ptr, there, rows, K, BK, TILE), a1, input_precision=PRECISION)
         delta, delta_scale = _bounded(back * slope, inverse_square, HUBER)
@@ -509,11 +517,9 @@ def _mlp_backward(
         if ERASE:
             d_passed = d_residual * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
             if PER_CHUNK > 1:
-                pre = tl.dot(k, tl.trans(_load_matrix(slot2, F, K, BF, BK)), input_precision=PRECISION)
                 _store_tokens(d_passed_ptr, d_passed, 0, rows, F, BF, TILE)
             else:
                 d_pre += d_passed
-            _store_scalars(d_g_prev_ptr, tl.sum(d_residual * pre, 1), there, rows, TILE)
         _store_tokens(part_ptr, d_pre, 0, rows, F, BF, TILE)
         tl.debug_barrier()
         # W1' = g_end W1 - (w error)^T hidden, error = bounded(k + W1 hidden - target)
@@ -605,40 +611,36 @@ def _mlp_backward(
         if reset_ptr is not None:
             is_reset = tl.load(reset_ptr + row * num_chunks + chunk) != 0
         if (i == anchor) & (is_reset | (PER_CHUNK > 1)):
-            _leave_chunk(grad2_ptr, anchor2_ptr, start2_ptr, is_reset, SIZE, PER_CHUNK, FLAT)
-            _leave_chunk(grad1_ptr, anchor1_ptr, start1_ptr, is_reset, SIZE, PER_CHUNK, FLAT)
+            _leave_chunk(grad2_ptr, anchor2_ptr, start2_ptr, is_reset, memory, SIZE, PER_CHUNK, FLAT)
+            _leave_chunk(grad1_ptr, anchor1_ptr, start1_ptr, is_reset, memory, SIZE, PER_CHUNK, FLAT)
         tl.debug_barrier()
 
 
 @triton.jit
 def _linear_backward(
-    k_ptr, v_ptr, y_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr, w_ptr, residual_ptr,
-    in_residual_ptr, read_ptr, grad_ptr, anchor_ptr, start_ptr, low_ptr, parked_ptr,
+    ids_ptr, k_ptr, v_ptr, y_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr, w_ptr, residual_ptr,
+    in_residual_ptr, read_ptr, sums_ptr, parked_ptr, start_ptr,
     d_k_ptr, d_v_ptr, d_y_ptr, d_g_prev_ptr, d_g_end_ptr,
     tokens, num_tiles, num_chunks, memories_per_row, first_tile, end_tile, inverse_square,
     K: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PER_CHUNK: tl.constexpr, READS_ANCHOR: tl.constexpr,
     HUBER: tl.constexpr, ERASE: tl.constexpr, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same for one linear memory; `parked` is [R, TILE, 3 K]."""
-    memory = tl.program_id(0).to(tl.int64)
-    row = memory // memories_per_row
+    """The same for one linear memory; `sums` has two matrices, `parked` one matrix and three blocks."""
     dtype = k_ptr.dtype.element_ty
     FLAT: tl.constexpr = min(BK * BK, 4096)
-    grad_ptr += memory * (K * K)
-    low_ptr += memory * (K * K)
-    if PER_CHUNK > 1:
-        anchor_ptr += memory * (K * K)
-    if start_ptr is not None:
-        start_ptr += memory * (K * K)
-    d_pre_ptr = parked_ptr + memory * (TILE * 3 * K)
-    d_passed_ptr = d_pre_ptr + TILE * K
-    d_target_ptr = d_passed_ptr + TILE * K
     for step in tl.range(0, end_tile - first_tile, num_stages=1):
         i = end_tile - 1 - step
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
+        memory, row = _identity(ids_ptr, memories_per_row)
         here, there = row * tokens + first, memory * tokens + first
         slots = memory * (num_tiles + 1)
         slot = w_ptr + (slots + i) * (K * K)
+        grad_ptr = sums_ptr + memory * (2 * K * K)
+        anchor_ptr = grad_ptr + K * K
+        low_ptr = parked_ptr + memory * (K * K + TILE * 3 * K)
+        d_pre_ptr = low_ptr + K * K
+        d_passed_ptr = d_pre_ptr + TILE * K
+        d_target_ptr = d_passed_ptr + TILE * K
         g_end = tl.load(g_end_ptr + row * num_tiles + i)
         live = 1.0
         keep = g_end
@@ -704,7 +706,7 @@ def _linear_backward(
         if reset_ptr is not None:
             is_reset = tl.load(reset_ptr + row * num_chunks + chunk) != 0
         if (i == anchor) & (is_reset | (PER_CHUNK > 1)):
-            _leave_chunk(grad_ptr, anchor_ptr, start_ptr, is_reset, K * K, PER_CHUNK, FLAT)
+            _leave_chunk(grad_ptr, anchor_ptr, start_ptr, is_reset, memory, K * K, PER_CHUNK, FLAT)
         tl.debug_barrier()
 
 
@@ -824,30 +826,34 @@ def write_backward(
     memories, hidden = d_current[0].shape[:2]
     _check(k, v, terms, states, rule=rule, tiling=tiling, tiles=tiles)
     out = out or WriteGradients.empty(k, d_current, rule=rule, tiling=tiling, resets=reset is not None)
-    for to, given in zip(out.current, d_current, strict=True):
-        to.copy_(given)
-    absent = (None,) * len(d_current)
-    anchors = tuple(torch.empty_like(t) for t in d_current) if tiling.per_chunk > 1 else absent
-    low = tuple(torch.empty_like(t, dtype=k.dtype) for t in d_current)
-    size = (5 * hidden + 2 * width) if rule.memory == "mlp" else 3 * width
-    parked = torch.empty(memories, tiling.tile, size, dtype=k.dtype, device=k.device)
+    matrix, block = width * hidden, tiling.tile * hidden
+    if rule.memory == "linear":
+        sums_size, parked_size = 2 * matrix, matrix + 3 * block
+    else:
+        sums_size, parked_size = 4 * matrix + block, 2 * matrix + 5 * block + 2 * tiling.tile * width
+    sums = torch.empty(memories, sums_size, dtype=torch.float32, device=k.device)
+    parked = torch.empty(memories, parked_size, dtype=k.dtype, device=k.device)
+    sums[:, : len(d_current) * matrix] = torch.cat([t.flatten(1) for t in d_current], 1)
     from_reads = d_signals or Signals(None)
-    walked = (*(d_reads or absent), *out.current, *anchors, *(out.start or absent), *low, parked)
-    part = torch.empty(memories, tiling.tile, hidden, dtype=torch.float32, device=k.device)
+    absent = (None,) * len(d_current)
+    walked = (*(d_reads or absent), sums, parked, *(out.start or absent))
     sizes = (tokens, tiling.num_tiles, tiling.num_chunks, memories // rows, tiles.start, tiles.stop, rule.huber_delta**-2)
     constants = _constants(k, rule, tiling) | {"READS_ANCHOR": read == "anchor"}
     warps = tuning(width=width, hidden=hidden).warps_of("write_backward")
+    ids = torch.arange(memories, dtype=torch.int32, device=k.device)
     if rule.memory == "linear":
         _linear_backward[(memories,)](
-            k, v, terms.y, terms.g_prev, terms.g_end, commit, reset, *states.weights, signals.residual, from_reads.residual, *walked,
+            ids, k, v, terms.y, terms.g_prev, terms.g_end, commit, reset, *states.weights, signals.residual, from_reads.residual, *walked,
             out.k, out.v, out.y, out.g_prev, out.g_end, *sizes, **constants, num_warps=warps,
         )  # fmt: skip
-        return out
-    _mlp_backward[(memories,)](
-        k, v, terms.y, terms.w, terms.g_prev, terms.g_end, commit, reset, *states.weights,
-        signals.residual, signals.error, signals.hidden, signals.scale, from_reads.residual, from_reads.error, from_reads.hidden, *walked, part,
-        out.k, out.v, out.y, out.w, out.g_prev, out.g_end, *sizes, **constants, F=hidden, BF=padded(hidden), num_warps=warps,
-    )  # fmt: skip
+    else:
+        _mlp_backward[(memories,)](
+            ids, k, v, terms.y, terms.w, terms.g_prev, terms.g_end, commit, reset, *states.weights,
+            signals.residual, signals.error, signals.hidden, signals.scale, from_reads.residual, from_reads.error, from_reads.hidden, *walked,
+            out.k, out.v, out.y, out.w, out.g_prev, out.g_end, *sizes, **constants, F=hidden, BF=padded(hidden), num_warps=warps,
+        )  # fmt: skip
+    for to, found in zip(out.current, sums[:, : len(d_current) * matrix].split(matrix, 1), strict=True):
+        to.copy_(found.view_as(to))
     return out
 
 

@@ -50,23 +50,26 @@ def linear_forward(width: int, per_chunk: int) -> Case:
 
 def mlp_backward(width: int, hidden: int, per_chunk: int) -> Case:
     """One MLP memory backward, with gradients from causal reads."""
-    operands = "k v y w2 w1 residual error hidden low2 low1 parked"
-    fp32 = "w g_prev g_end scale in_residual in_error in_hidden read2 read1 grad2 grad1 part d_k d_v d_y d_w d_g_prev d_g_end"
-    anchors = "anchor2 anchor1"
-    fp32, absent = (f"{fp32} {anchors}", "") if per_chunk > 1 else (fp32, anchors)
-    tensors = pointers(operands, fp32, f"{absent} commit reset start2 start1")
-    arguments = {**tensors, **constants(width, hidden, per_chunk=per_chunk), "READS_ANCHOR": False, "F": hidden, "BF": padded(hidden)}
+    fp32 = "w g_prev g_end scale in_residual in_error in_hidden read2 read1 sums d_k d_v d_y d_w d_g_prev d_g_end"
+    tensors = pointers("k v y w2 w1 residual error hidden parked", fp32, "commit reset start2 start1")
+    arguments = {
+        **tensors,
+        **constants(width, hidden, per_chunk=per_chunk),
+        "READS_ANCHOR": False,
+        "ids_ptr": torch.int32,
+        "F": hidden,
+        "BF": padded(hidden),
+    }
     warps = tuning(width=width, hidden=hidden).warps_of("write_backward")
     return Case(f"mlp_backward_{width}x{hidden}_{per_chunk}", write._mlp_backward, arguments, warps)
 
 
 def linear_backward(width: int, per_chunk: int) -> Case:
     """One linear memory backward, with gradients from causal reads."""
-    fp32, absent = "g_prev g_end in_residual read grad d_k d_v d_y d_g_prev d_g_end", "commit reset start"
-    fp32, absent = (f"{fp32} anchor", absent) if per_chunk > 1 else (fp32, f"{absent} anchor")
-    tensors = pointers("k v y w residual low parked", fp32, absent)
+    fp32 = "g_prev g_end in_residual read sums d_k d_v d_y d_g_prev d_g_end"
+    tensors = pointers("k v y w residual parked", fp32, "commit reset start")
     warps = tuning(width=width, hidden=width).warps_of("write_backward")
-    arguments = {**tensors, **constants(width, width, per_chunk=per_chunk), "READS_ANCHOR": False}
+    arguments = {**tensors, **constants(width, width, per_chunk=per_chunk), "READS_ANCHOR": False, "ids_ptr": torch.int32}
     return Case(f"linear_backward_{width}_{per_chunk}", write._linear_backward, arguments, warps)
 
 

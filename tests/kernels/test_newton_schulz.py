@@ -57,7 +57,8 @@ def test_symmetric_product(rows, depth, dtype, device):
         got = kernels.symmetric_product(view, scale=-0.5, add_BMM=add, add_scale=2.0)
         wanted = -0.5 * x.double() @ x.double().mT + 2.0 * add.double()
         assert error(got, wanted.cpu()) < (5e-3 if dtype == torch.bfloat16 else 1e-6)
-        assert torch.equal(got, got.mT)
+        # Blocks on the diagonal are not mirrored, and fp32 products add the low parts of one operand before those of the other.
+        torch.testing.assert_close(got, got.mT, rtol=0.0, atol=0.0 if dtype == torch.bfloat16 else 1e-6 * got.abs().max().item())
 
 
 def test_more_rows_than_blocks_cover(device, monkeypatch):

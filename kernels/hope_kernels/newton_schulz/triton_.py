@@ -104,7 +104,7 @@ def launch(rows: int, depth: int, dtype: torch.dtype) -> Launch:
 def symmetric_product(
     x_BMN: torch.Tensor, *, scale: float = 1.0, add_BMM: torch.Tensor | None = None, add_scale: float = 0.0
 ) -> torch.Tensor:
-    """The product scale x x^T + add_scale add, [B, M, M], exactly symmetric where `add` is; bf16 or fp32.
+    """The product scale x x^T + add_scale add, [B, M, M], symmetric where `add` is; bf16 or fp32.
 
     x has any strides, add is contiguous. Sides that are multiples of ALIGNMENT are fast, others correct.
     """

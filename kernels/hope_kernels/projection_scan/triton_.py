@@ -9,6 +9,7 @@ Legend: B batch, H heads, L = B * H rows, S stacked memories, T tokens, N chunks
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -158,7 +159,7 @@ def _room(segment: Segment, k: torch.Tensor, current: tuple[torch.Tensor, ...]) 
     """States of a segment from its first on, [L * S, ...] fp32, which moves along, and the signals of its writes."""
     tiling, (memories, hidden, width) = segment.tiling, current[0].shape
     states = States.at(current, tiles=tiling.num_tiles, dtype=k.dtype)
-    shape = {"width": width, "hidden": hidden, "dtype": k.dtype, "device": k.device}
+    shape: dict[str, Any] = {"width": width, "hidden": hidden, "dtype": k.dtype, "device": k.device}
     return states, Signals.empty(segment.settings.rule, memories, tiling.tokens, **shape)
 
 
@@ -175,7 +176,7 @@ def _forward_segment(
     rule, streams = settings.rule, segment.window(streams)
     live = None if live is None else live[:, segment.tokens]
     out, static = empty_streams(streams[0]), settings.static
-    same = {"normalize_v": rule.normalize_v, "tiling": tiling, "out": out}
+    same: dict[str, Any] = {"normalize_v": rule.normalize_v, "tiling": tiling, "out": out}
     if static.names:
         generate_forward(streams, live, static, readout, tiles=range(tiling.num_tiles), **same)
     if not current:
@@ -294,7 +295,7 @@ class _Writes:
         self.room = empty_terms(k, tiling=tiling, queries=False, erase=rule.erases(0))
         out = WriteGradients.empty(k, gradients.states, rule=rule, tiling=tiling, resets=False)
         self.out = replace(out, current=gradients.states)
-        shape = {"dtype": torch.float32, "device": k.device}
+        shape: dict[str, Any] = {"dtype": torch.float32, "device": k.device}
         y, g = torch.empty(k.shape, **shape), [torch.empty(eta.shape, **shape) for _ in range(4)]
         self.d_terms = Terms(
             None, None if out.g_prev is None else g[0], None if out.w is None else g[1], torch.empty(len(k), tiling.num_tiles, **shape),
@@ -345,7 +346,7 @@ def _backward_segment(
     rule, tiles, static = settings.rule, range(segment.tiling.num_tiles), settings.static
     upstream, streams, generated = segment.window(upstream), segment.window(streams), Streams(*segment.window(generated))
     d_x = torch.empty(len(STREAMS), *streams[0].shape, dtype=torch.float32, device=streams[0].device)
-    same = {"normalize_v": rule.normalize_v, "tiling": tiling, "d_x": d_x}
+    same: dict[str, Any] = {"normalize_v": rule.normalize_v, "tiling": tiling, "d_x": d_x}
     inner = None
     if current:
         writes = _Writes(segment, generated, current, start, gradients)

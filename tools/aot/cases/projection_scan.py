@@ -1,4 +1,4 @@
-"""The projection scan: its stacked memories and static streams, forward and backward."""
+"""The projection scan: its stacked memories and static streams, forward and backward, and the sum over memories."""
 
 from itertools import product
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from hope_kernels.projection_scan import generate_triton as generate
-from hope_kernels.tuning import padded, tuning
+from hope_kernels.projection_scan import triton_ as scan
+from hope_kernels.tuning import Tuning, padded, tuning
 from tools.aot.case import Case
 
 OPERANDS, FP32 = torch.bfloat16, torch.float32
@@ -15,12 +16,18 @@ VECTORS = ("xk", "xv", "xq", "k", "v", "q")
 GATES = ("eta", "log_alpha", "scale_k", "scale_v", "scale_q")
 
 
+def _entry(width: int) -> Tuning:
+    entry = tuning(width=width, hidden=width)
+    assert entry is not None
+    return entry
+
+
 def _arguments(width: int, *, memory: str, masks: bool) -> dict[str, Any]:
     """Arguments that both kernels share. memory: "mlp", "linear" or "static"."""
     names = ("q",) if memory == "static" else STACK
-    tile, block = tuning(width=width, hidden=width).tile, padded(width)
+    tile, block = _entry(width).tile, padded(width)
     weights = {"mlp": ("w2", "w1"), "linear": ("w2",), "static": ()}[memory]
-    found = dict.fromkeys(VECTORS, OPERANDS) | dict.fromkeys(GATES, FP32) | dict.fromkeys(("r_eta", "r_alpha"), FP32)
+    found: dict[str, Any] = dict.fromkeys(VECTORS, OPERANDS) | dict.fromkeys(GATES, FP32) | dict.fromkeys(("r_eta", "r_alpha"), FP32)
     found |= {w: OPERANDS if w in weights else None for w in ("w2", "w1")}
     found |= {w.replace("w", "start"): OPERANDS if masks and w in weights else None for w in ("w2", "w1")}
     places = {f"PLACE_{name.upper()}": names.index(name) if name in names else -1 for name in generate.STREAMS}
@@ -44,13 +51,21 @@ def _backward(width: int, *, memory: str, masks: bool = False) -> dict[str, Any]
     return found | extra | {"stop_tile": 2 * found["first_tile"], "run": found["first_tile"], "PARTS": len(STACK)}
 
 
+def _sum(width: int) -> Case:
+    parts = ("y", "w", "g_prev", "g_end")
+    tile = _entry(width).tile
+    sizes = {"tokens": 2048, "num_tiles": 2048 // tile, "first_tile": 0, "S": len(STACK), "K": width, "BLOCK_K": padded(width)}
+    arguments = dict.fromkeys([*parts, *(f"sum_{part}" for part in parts)], FP32) | sizes | {"CHUNK": 256, "TILE": tile}
+    return Case(f"sum_memories_{width}", scan._sum_memories, arguments, num_warps=4, min_mma=0)
+
+
 def cases() -> list[Case]:
     """Both memories at every width of the tuning table, the default one also with padding and masks; a launch of static streams."""
     found = []
     launches = [(width, memory, False) for width, memory in product((64, 128), ("mlp", "linear"))]
     for width, memory, masks in [*launches, (48, "mlp", True), (128, "static", False)]:
-        entry = tuning(width=width, hidden=width)
-        settings = {"memory": memory, "masks": masks}
+        entry = _entry(width)
+        settings: dict[str, Any] = {"memory": memory, "masks": masks}
         name, static = f"{memory}_{width}{'_masks' if masks else ''}", memory == "static"
         small = "tiles of 32 rows" if entry.tile < 64 else None
         for kernel, build, label in (
@@ -59,4 +74,4 @@ def cases() -> list[Case]:
         ):
             arguments = build(width, **settings)
             found.append(Case(f"{label}_{name}", kernel, arguments, entry.warps_of(label), min_mma=0 if static else 1, hmma_reason=small))
-    return found
+    return [*found, *(_sum(width) for width in (48, 128))]

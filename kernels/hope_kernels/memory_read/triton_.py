@@ -102,7 +102,7 @@ def _inner(
     query, weight, residual, g, m, first, count,
     OUT: tl.constexpr, BLOCK_OUT: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z = W_t q_t [OUT, C] of the first layer; `weight` is the state at the tile's start, or the anchor."""
+    """Product z = W_t q_t [OUT, C] of the first layer; `weight` is the state at the tile's start, or the anchor."""
     z = tl.dot(weight, query, input_precision=PRECISION)
     if CAUSAL:
         written = _load_tokens(residual, first, count, OUT, BLOCK_OUT, TILE)

@@ -1,0 +1,292 @@
+"""The memory scan in Triton kernels: the op `hope_kernels::memory_scan`, three launches a segment forward.
+
+A segment is a run of whole chunks of about save_every tokens, the last chunk of the sequence perhaps partial. Its terms
+(`chunk_terms`), the writes of its tiles one after the other (`memory_write`) and the reads of all its tiles at once (`memory_read`) are a
+launch each. Between segments the fp32 state is kept and nothing else; backward takes the segments in reverse, computes terms, states and
+signals of a segment anew and hands the gradient back through reads, writes and terms. README.md has the order.
+
+Legend: B batch, H heads, L = B * H rows, T tokens, N chunks, NT tiles of a segment, K head width, F hidden width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+
+from hope_kernels.chunk_terms.triton_ import Terms, chunk_terms, chunk_terms_backward
+from hope_kernels.memory_read.triton_ import read_backward, read_forward
+from hope_kernels.memory_write.triton_ import Signals, States, write_backward, write_forward
+from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
+from hope_kernels.tiling import Tiling
+from hope_kernels.tuning import padded, tuning
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is constant in a scan; the trailing arguments of the ops, in this order."""
+
+    memory: str
+    objective: str
+    huber_delta: float
+    update: str
+    self_target: bool
+    normalize_v: bool
+    read: str
+    chunk: int
+    tile: int
+    save_every: int
+    keep_state: bool
+
+    @property
+    def rule(self) -> MemoryRule:
+        """The rule of the memory."""
+        return MemoryRule(
+            memory=self.memory, objective=self.objective, huber_delta=self.huber_delta, update=self.update,
+            self_target=self.self_target, normalize_v=self.normalize_v,
+        )  # fmt: skip
+
+    def segments(self, tokens: int) -> range:
+        """First tokens of the segments."""
+        return range(0, tokens, self.chunk * max(1, self.save_every // self.chunk))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The inputs of a run of chunks: q, k, v [L, t, K], eta, log_alpha [L, t], and the masks of its chunks, uint8."""
+
+    settings: Settings
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    eta: torch.Tensor
+    log_alpha: torch.Tensor
+    commit: torch.Tensor | None
+    reset: torch.Tensor | None
+    start: tuple[torch.Tensor, ...]
+
+    @staticmethod
+    def cut(settings: Settings, first: int, streams: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], start) -> "Segment":
+        """The segment that begins at token `first` of the streams q, k, v, eta and log_alpha; copied, unless it is the only one."""
+        tokens = streams[0].shape[1]
+        end = min(first + settings.segments(tokens).step, tokens)
+        chunks = slice(first // settings.chunk, -(-end // settings.chunk))
+        q, k, v, eta, log_alpha = (t[:, first:end].contiguous() for t in streams)
+        commit, reset = (None if m is None else m[:, chunks].contiguous() for m in masks)
+        return Segment(settings, q, k, v, eta, log_alpha, commit, reset, start)
+
+    @property
+    def tiling(self) -> Tiling:
+        """Its tiles."""
+        return Tiling(self.k.shape[1], self.settings.chunk, self.settings.tile)
+
+    @property
+    def same(self) -> dict[str, Any]:
+        """What reads and writes of the segment are told alike."""
+        return {"rule": self.settings.rule, "tiling": self.tiling, "tiles": range(self.tiling.num_tiles)}
+
+    @property
+    def queries(self) -> torch.Tensor | None:
+        """The queries, where they read inside the chunk."""
+        return self.q if self.settings.read == "causal" else None
+
+    def replay(self, state: tuple[torch.Tensor, ...]) -> tuple[Terms, torch.Tensor | None, States, Signals]:
+        """(terms, their inverse, states, signals) of the segment, written from `state` on, whose memory is taken over."""
+        rule, tiling = self.settings.rule, self.tiling
+        terms, inverse = chunk_terms(self.k, self.queries, self.eta, self.log_alpha, tiling=tiling, erase=rule.erases(0))
+        states = States.at(state, tiles=tiling.num_tiles, dtype=self.k.dtype)
+        hidden, width = state[0].shape[1:]
+        rows, tokens, _ = self.k.shape
+        signals = Signals.empty(rule, rows, tokens, width=width, hidden=hidden, dtype=self.k.dtype, device=self.k.device)
+        write_forward(self.k, self.v, terms, states, signals, **self.same, commit=self.commit, reset=self.reset, start=self.start)
+        return terms, inverse, states, signals
+
+
+@torch.library.custom_op("hope_kernels::memory_scan", mutates_args=())
+def scan(
+    streams: Sequence[torch.Tensor],
+    state: Sequence[torch.Tensor],
+    start: Sequence[torch.Tensor],
+    commit: torch.Tensor | None,
+    reset: torch.Tensor | None,
+    memory: str,
+    objective: str,
+    huber_delta: float,
+    update: str,
+    self_target: bool,
+    normalize_v: bool,
+    read: str,
+    chunk: int,
+    tile: int,
+    save_every: int,
+    keep_state: bool,
+) -> list[torch.Tensor]:
+    """The whole scan: streams q, k, v [L, T, K] and eta, log_alpha [L, T] fp32; state and start [L, ...] fp32; masks uint8 [L, N].
+
+    Returns y [L, T, K], the state after the last chunk [L, ...] where it is kept, and those at the starts of all segments but the first
+    [segments - 1, L, ...].
+    """
+    settings = Settings(memory, objective, huber_delta, update, self_target, normalize_v, read, chunk, tile, save_every, keep_state)
+    firsts = settings.segments(streams[0].shape[1])
+    parts = []
+    state = tuple(w.clone() for w in state)
+    saved = [torch.empty(len(firsts) - 1, *w.shape, dtype=w.dtype, device=w.device) for w in state]
+    for index, first in enumerate(firsts):
+        for kept, now in zip(saved, state, strict=True):
+            if index:
+                kept[index - 1].copy_(now)
+        segment = Segment.cut(settings, first, streams, (commit, reset), tuple(start))
+        terms, _, states, signals = segment.replay(state)
+        parts.append(read_forward(segment.q, states, signals, terms, **segment.same, read=settings.read))
+        state = states.current
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return [y, *(state if keep_state else ()), *saved]
+
+
+@scan.register_fake
+def _(
+    streams, state, start, commit, reset, memory, objective, huber_delta, update, self_target, normalize_v, read, chunk, tile, save_every,
+    keep_state,
+):  # fmt: skip
+    step = chunk * max(1, save_every // chunk)
+    cuts = -(-streams[0].shape[1] // step) - 1
+    ends = [torch.empty_like(w) for w in state] if keep_state else []
+    return [torch.empty_like(streams[0]), *ends, *(w.new_empty(cuts, *w.shape) for w in state)]
+
+
+@torch.library.custom_op("hope_kernels::memory_scan_backward", mutates_args=())
+def scan_backward(
+    d_y: torch.Tensor,
+    d_ends: Sequence[torch.Tensor],
+    saved: Sequence[torch.Tensor],
+    streams: Sequence[torch.Tensor],
+    state: Sequence[torch.Tensor],
+    start: Sequence[torch.Tensor],
+    commit: torch.Tensor | None,
+    reset: torch.Tensor | None,
+    memory: str,
+    objective: str,
+    huber_delta: float,
+    update: str,
+    self_target: bool,
+    normalize_v: bool,
+    read: str,
+    chunk: int,
+    tile: int,
+    save_every: int,
+    keep_state: bool,
+) -> list[torch.Tensor]:
+    """Gradients of streams, state and start, in this order and like them, from those of y and of the end state (none if not kept)."""
+    settings = Settings(memory, objective, huber_delta, update, self_target, normalize_v, read, chunk, tile, save_every, keep_state)
+    d_streams = [torch.empty_like(t) for t in streams]
+    d_state = tuple(t.clone() for t in d_ends) if keep_state else tuple(torch.zeros_like(w) for w in state)
+    d_start = [torch.zeros_like(w) for w in start]
+    for index, first in reversed(list(enumerate(settings.segments(d_y.shape[1])))):
+        segment = Segment.cut(settings, first, streams, (commit, reset), tuple(start))
+        at_first = tuple(w.clone() for w in state) if index == 0 else tuple(t[index - 1].clone() for t in saved)
+        tokens = slice(first, first + segment.k.shape[1])
+        parts, d_state, from_start = _segment_backward(segment, d_y[:, tokens].contiguous(), at_first, d_state)
+        for whole, summands in zip(d_streams, parts, strict=True):
+            whole[:, tokens].copy_(sum(summands[1:], summands[0]))
+        for whole, share in zip(d_start, from_start, strict=True):
+            whole.add_(share)
+    return [*d_streams, *d_state, *d_start]
+
+
+def _segment_backward(
+    segment: Segment, d_y: torch.Tensor, state: tuple[torch.Tensor, ...], d_state: tuple[torch.Tensor, ...]
+) -> tuple[list[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Backward of a segment, from the gradients of y and of the state after it.
+
+    Returns the summands, fp32, of the gradients of q, k, v, eta and log_alpha; that of the state before the segment; its share in that of
+    the start, or (). state: that before the segment, whose memory is taken over.
+    """
+    settings = segment.settings
+    terms, inverse, states, signals = segment.replay(state)
+    reads = read_backward(d_y, segment.q, states, signals, terms, **segment.same, read=settings.read)
+    writes = write_backward(
+        segment.k, segment.v, terms, states, signals, d_state, **segment.same, read=settings.read,
+        commit=segment.commit, reset=segment.reset, d_signals=Signals(reads.residual, reads.error, reads.hidden), d_reads=reads.weights,
+    )  # fmt: skip
+    d_terms = reads.terms._replace(g_prev=writes.g_prev, w=writes.w, g_end=writes.g_end, y=writes.y)
+    if terms.n is not None and d_terms.n is None:  # a linear memory has no use for n
+        d_terms = d_terms._replace(n=torch.zeros_like(terms.n, dtype=torch.float32))
+    d_k, d_q, d_eta, d_log_alpha = chunk_terms_backward(
+        d_terms,
+        segment.k,
+        segment.queries,
+        segment.eta,
+        segment.log_alpha,
+        terms,
+        inverse,
+        tiling=segment.tiling,
+        erase=settings.rule.erases(0),
+    )
+    d_queries = (reads.q,) if d_q is None else (reads.q, d_q)
+    return [d_queries, (writes.k, d_k), (writes.v,), (d_eta,), (d_log_alpha,)], writes.current, writes.start
+
+
+@scan_backward.register_fake
+def _(d_y, d_ends, saved, streams, state, start, *settings):
+    return [torch.empty_like(t) for t in (*streams, *state, *start)]
+
+
+def _save(ctx, inputs, output):
+    streams, state, start, commit, reset, *settings = inputs
+    ctx.counts = len(streams), len(state), len(start)
+    ctx.settings = settings
+    ctx.save_for_backward(*streams, *state, *start, commit, reset, *output[len(output) - len(state) :])
+
+
+def _backward(ctx, gradients):
+    saved = iter(ctx.saved_tensors)
+    streams, state, start = ([next(saved) for _ in range(count)] for count in ctx.counts)
+    commit, reset, *starts = saved
+    keep_state = ctx.settings[-1]
+    d_y, d_ends = gradients[0].contiguous(), [t.contiguous() for t in gradients[1 : 1 + len(state) * keep_state]]
+    found = iter(scan_backward(d_y, d_ends, starts, streams, state, start, commit, reset, *ctx.settings))
+    d_streams, d_state, d_start = ([next(found) for _ in part] for part in (streams, state, start))
+    return d_streams, d_state, d_start, None, None, *(None for _ in ctx.settings)
+
+
+scan.register_autograd(_backward, setup_context=_save)
+
+
+def memory_scan(
+    qkv: tuple[torch.Tensor, ...],
+    gates: tuple[torch.Tensor, ...],
+    state: MemoryState,
+    *,
+    rule: MemoryRule,
+    chunk: int,
+    start: MemoryState | None,
+    masks: ChunkMasks,
+    read: str,
+    save_every: int,
+    keep_state: bool,
+    tile: int | None = None,
+) -> tuple[torch.Tensor, MemoryState | None]:
+    """See `hope_kernels.memory_scan.memory_scan`; q, k, v fp32 or bf16, everything else is computed in fp32.
+
+    tile: tokens of a tile, 16, 32 or 64; by default the tuned one, which a shorter chunk shortens. Raises ValueError for another dtype.
+    """
+    batch, heads, _, width = qkv[0].shape
+    if qkv[0].dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f'memory scans in Triton compute in float32 or bfloat16, not {qkv[0].dtype}; use backend "chunked"')
+    tuned = tuning(width=width, hidden=state.weights[0].shape[-2])
+    assert tuned is not None  # what the choice of the backend has seen to
+    streams = [t.flatten(0, 1).contiguous() for t in (*qkv, *(t.float() for t in gates))]
+    weights, from_start = _rows(state), [] if masks.reset_BN is None else _rows(start)
+    commit, reset = (None if m is None else m.to(torch.uint8).repeat_interleave(heads, 0) for m in (masks.commit_BN, masks.reset_BN))
+    settings = Settings(
+        rule.memory, rule.objective, rule.huber_delta, rule.update, rule.self_target, rule.normalize_v,
+        read, chunk, tile or min(tuned.tile, padded(chunk)), save_every, keep_state,
+    )  # fmt: skip
+    y, *rest = scan(streams, weights, from_start, commit, reset, *astuple(settings))
+    ends = MemoryState(tuple(t.unflatten(0, (batch, heads)) for t in rest[: len(weights)])) if keep_state else None
+    return y.unflatten(0, (batch, heads)), ends
+
+
+def _rows(state: MemoryState) -> list[torch.Tensor]:
+    """The state's tensors [B, H, ...], expanded perhaps, as fp32 [L, ...]."""
+    return [t.to(torch.float32).flatten(0, 1).contiguous() for t in state.tensors()]

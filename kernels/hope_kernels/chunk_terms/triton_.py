@@ -239,6 +239,8 @@ def _terms_backward(
             solution = tl.load(at_y, there, 0.0)
             d_system += tl.dot(solution, tl.trans(d_written).to(solution.dtype), input_precision=PRECISION)
         d_w_t += tl.sum(d_written * tl.load(at_k, there, 0.0).to(tl.float32), 1)
+        at_d_k, there = _slice(d_k, start, live, column, K, BLOCK_K, SLICE, TILE)
+        tl.store(at_d_k, d_written * w_t[:, None], there)
     if ERASE:
         before = _ratios(coarse_prev, fine_prev, coarse, fine, at[:, None] > at[None, :])
         d_gram = d_system * -before
@@ -255,15 +257,12 @@ def _terms_backward(
         d_log_alpha_t += tl.load(d_g_end + line * num_tiles + tile) * tl.exp(coarse_end + fine_end)
     tl.store(d_eta + rows, d_eta_t + d_w_t * keep, live)
     tl.store(d_log_alpha + rows, d_log_alpha_t, live)
+    tl.debug_barrier()  # the sums below are added to what other threads stored above
     for column in tl.range(0, BLOCK_K, SLICE, num_stages=1):
         at_k, there = _slice(k, start, live, column, K, BLOCK_K, SLICE, TILE)
-        at_d_y, there = _slice(d_y, start, live, column, K, BLOCK_K, SLICE, TILE)
         at_d_k, there = _slice(d_k, start, live, column, K, BLOCK_K, SLICE, TILE)
         x = tl.load(at_k, there, 0.0)
-        d_x = tl.load(at_d_y, there, 0.0)
-        if ERASE:
-            d_x = tl.dot(solved, d_x, input_precision=PRECISION)
-        d_x *= w_t[:, None]
+        d_x = tl.load(at_d_k, there, 0.0)
         if ERASE:
             d_x += tl.dot(d_gram, x, input_precision=PRECISION)
         if q is not None:

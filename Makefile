@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 RUN ?= hope_tiny
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
+AOT_ARGS ?=
+BENCH_ARGS ?=
 PROMPT ?= The
 CONTROLS := transformer_tiny hope_tiny_memory_off hope_tiny_static
 MCORE019 := .megatron-0.19
@@ -94,6 +96,16 @@ types: $(VENV)/.stamp-full ## mypy
 .PHONY: bench
 bench: $(VENV)/.stamp-base ## CPU speed and memory of a HOPE block beside a transformer block of equal size
 	$(BIN)/python -m tools.bench.cpu
+
+.PHONY: aot
+aot: $(VENV)/.stamp-full ## compile every Triton kernel for Hopper and Blackwell without a GPU; spills, missing products or a changed baseline fail
+	env -u TRITON_INTERPRET $(BIN)/python -m tools.aot $(AOT_ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: $(VENV)/.stamp-full ## on a GPU: check and time the kernels, then training steps, then loss parity (docs/kernels.md)
+	$(BIN)/python -m tools.bench.gpu $(BENCH_ARGS)
+	$(BIN)/python -m tools.bench.step
+	$(BIN)/python -m tools.bench.step --parity
 
 .PHONY: stability
 stability: $(VENV)/.stamp-base data ## both chunk presets, three seeds, peak learning rate, long sequence; and the literal objective beside them

@@ -107,9 +107,11 @@ class TitansCore(nn.Module):
 
     def _streams(self, qkv_BTHX: torch.Tensor, logit_BTH: torch.Tensor | None, state: LayerState | None, layout: Layout | None):
         wide = torch.promote_types(qkv_BTHX.dtype, torch.float32)
+        # the fused kernels take bf16 operands and compute gates, states and sums in fp32; plain torch computes in one dtype
+        operands = qkv_BTHX.dtype if self.backend(qkv_BTHX.device)[0] == "triton" else wide
         mu = F.logsigmoid(logit_BTH.to(wide) + self.mu_bias.to(wide)) if self.rule.momentum else None
         if layout is None:
-            q, k, v = conv_silu(qkv_BTHX, self.conv_weight, dtype=wide, backend=self.config.backend)
+            q, k, v = conv_silu(qkv_BTHX, self.conv_weight, dtype=operands, backend=self.config.backend)
             return Inputs(k, v, q, None, None if mu is None else mu.transpose(1, 2)), None, {}
         conv, tail = causal_conv(qkv_BTHX.to(wide), self.conv_weight.to(wide), None if state is None else state["tail"], layout)
         streams = layout.to_grid(F.silu(conv), None if state is None else state["open"])
@@ -121,7 +123,7 @@ class TitansCore(nn.Module):
             opened["open"] = layout.open_part(streams)
             if mu is not None:
                 opened["open_log_mu"] = layout.open_part(mu)
-        q, k, v = streams.transpose(1, 2).unflatten(-1, (3, self.head_width)).unbind(-2)
+        q, k, v = streams.to(operands).transpose(1, 2).unflatten(-1, (3, self.head_width)).unbind(-2)
         log_mu = None if mu is None else mu.transpose(1, 2)
         return Inputs(k, v, q, live, log_mu), tail, opened
 
@@ -141,7 +143,7 @@ class TitansCore(nn.Module):
 
     def _scans(self, inputs: Inputs, state: LayerState | None, layout: Layout | None, *, keep: bool):
         """Both scans: (y [B, H, G, K], the memories' new anchors as named tensors)."""
-        mem_start, proj_start = self.starts(inputs.k.shape[0], inputs.k.dtype)
+        mem_start, proj_start = self.starts(inputs.k.shape[0], torch.promote_types(inputs.k.dtype, torch.float32))
         mem, proj = (mem_start, proj_start) if state is None else unpack(state, mem_start, proj_start)
         masks = None if layout is None else ChunkMasks(layout.commit_proj_BN, layout.reset_proj_BN)
         generated, proj = self.generate(inputs, proj, proj_start, masks, keep_state=keep)
@@ -156,7 +158,7 @@ class TitansCore(nn.Module):
         """The projection scan with this mixer's settings."""
         return projection_scan(
             inputs,
-            self.readout(inputs.k.dtype),
+            self.readout(torch.promote_types(inputs.k.dtype, torch.float32)),
             state,
             rule=self.rule,
             stack=self.stack,

@@ -454,7 +454,7 @@ def _mlp_backward(
     """
     dtype = k_ptr.dtype.element_ty
     SIZE: tl.constexpr = F * K
-    FLAT: tl.constexpr = min(BF * BK, 4096)
+    FLAT: tl.constexpr = min(BF * BK, 2048)
     for step in tl.range(0, end_tile - first_tile, num_stages=1):
         i = end_tile - 1 - step
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
@@ -496,30 +496,33 @@ def _mlp_backward(
         residual = _load_tokens(residual_ptr, there, rows, F, BF, TILE)
         _store_tokens(d_y_ptr, -tl.dot(residual, low2, input_precision=PRECISION), there, rows, K, BK, TILE)
         y = _load_tokens(y_ptr, here, rows, K, BK, TILE)
-        d_residual = -tl.dot(y, tl.trans(low2), input_precision=PRECISION)
-        d_residual += _load_gradient(in_residual_ptr, there, rows, F, BF, TILE)
+        d_residual = _load_gradient(in_residual_ptr, there, rows, F, BF, TILE)
+        d_residual -= tl.dot(y, tl.trans(low2), input_precision=PRECISION)
+        _store_tokens(part_ptr, d_residual, 0, rows, F, BF, TILE)
+        tl.debug_barrier()
         # residual = g_prev W2 k + bounded(back * slope), back = error W1
         a2 = _load_matrix(w2_ptr + (slots + anchor) * SIZE, F, K, BF, BK)
         a1 = _load_matrix(w1_ptr + (slots + anchor) * SIZE, K, F, BK, BF)
         k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
         pre = tl.dot(k, tl.trans(a2), input_precision=PRECISION)
-        if ERASE:
-            passed = pre
-            if PER_CHUNK > 1:
-                passed = tl.dot(k, tl.trans(_load_matrix(slot2, F, K, BF, BK)), input_precision=PRECISION)
-            _store_scalars(d_g_prev_ptr, tl.sum(d_residual * passed, 1), there, rows, TILE)
         _, slope, curvature = _silu(pre)
         back = tl.dot(_load_tokens(error_ptr, there, rows, K, BK, TILE), a1, input_precision=PRECISION)
+        d_residual = _load_tokens(part_ptr, 0, rows, F, BF, TILE)
+        if ERASE and PER_CHUNK == 1:
+            _store_scalars(d_g_prev_ptr, tl.sum(d_residual * pre, 1), there, rows, TILE)
         delta, delta_scale = _bounded(back * slope, inverse_square, HUBER)
         d_inner = _bounded_backward(d_residual, delta, delta_scale, inverse_square, HUBER)
         _store_tokens(d_back_ptr, d_inner * slope, 0, rows, F, BF, TILE)
         d_pre = d_inner * back * curvature
         if ERASE:
             d_passed = d_residual * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
-            if PER_CHUNK > 1:
-                _store_tokens(d_passed_ptr, d_passed, 0, rows, F, BF, TILE)
-            else:
+            if PER_CHUNK == 1:
                 d_pre += d_passed
+            else:
+                _store_tokens(d_passed_ptr, d_passed, 0, rows, F, BF, TILE)
+                k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+                passed = tl.dot(k, tl.trans(_load_matrix(slot2, F, K, BF, BK)), input_precision=PRECISION)
+                _store_scalars(d_g_prev_ptr, tl.sum(d_residual * passed, 1), there, rows, TILE)
         _store_tokens(part_ptr, d_pre, 0, rows, F, BF, TILE)
         tl.debug_barrier()
         # W1' = g_end W1 - (w error)^T hidden, error = bounded(k + W1 hidden - target)
@@ -549,7 +552,6 @@ def _mlp_backward(
             _store_tokens(d_target_ptr, d_target, 0, rows, K, BK, TILE)
             _store_tokens(d_v_ptr, d_target, there, rows, K, BK, TILE)
             tl.debug_barrier()
-        paced = (error * _load_scalars(w_ptr, here, rows, TILE)[:, None]).to(dtype)
         d_error = _load_tokens(d_error_ptr, 0, rows, K, BK, TILE)
         d_hidden = tl.dot(d_error, a1, input_precision=PRECISION)
         if SELF_TARGET:
@@ -562,6 +564,8 @@ def _mlp_backward(
                 hidden = _load_tokens(hidden_ptr, there, rows, F, BF, TILE).to(tl.float32)
                 _store_tokens(inner_ptr, hidden - hidden_v, 0, rows, F, BF, TILE)
             _store_tokens(d_pre_v_ptr, d_hidden_v * slope_v, 0, rows, F, BF, TILE)
+        error = _load_tokens(error_ptr, there, rows, K, BK, TILE).to(tl.float32)
+        paced = (error * _load_scalars(w_ptr, here, rows, TILE)[:, None]).to(dtype)
         d_hidden -= tl.dot(paced, low1, input_precision=PRECISION)
         d_hidden += _load_gradient(in_hidden_ptr, there, rows, F, BF, TILE)
         k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
@@ -627,7 +631,7 @@ def _linear_backward(
 ):  # fmt: skip
     """The same for one linear memory; `sums` has two matrices, `parked` one matrix and three blocks."""
     dtype = k_ptr.dtype.element_ty
-    FLAT: tl.constexpr = min(BK * BK, 4096)
+    FLAT: tl.constexpr = min(BK * BK, 2048)
     for step in tl.range(0, end_tile - first_tile, num_stages=1):
         i = end_tile - 1 - step
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)

@@ -168,3 +168,5 @@ def test_what_is_not_supported():
     """Says why."""
     assert not supports(MemoryRule())
     assert "momentum" in supports(MemoryRule(momentum=True))
+    with pytest.raises(ValueError, match="float64"):
+        run_projection(projection_leaves(MemoryRule(), size=SMALL), MemoryRule(), chunk=16, backend="triton")

@@ -8,7 +8,7 @@ Legend: B batch, H heads, L = B * H rows, S stacked memories, T tokens, N chunks
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -473,17 +473,23 @@ def projection_scan(
     save_every: int,
     keep_state: bool,
 ) -> tuple[Generated, MemoryState | None]:
-    """See `hope_kernels.projection_scan.projection_scan`. k, v, q in the dtype of the streams, eta, log_alpha and the state in fp32."""
+    """See `hope_kernels.projection_scan.projection_scan`; k, v, q fp32 or bf16, everything else is computed in fp32.
+
+    Raises ValueError for another dtype.
+    """
+    if inputs.k.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f'projection scans in Triton compute in float32 or bfloat16, not {inputs.k.dtype}; use backend "chunked"')
     batch, heads = inputs.k.shape[:2]
     streams = [t.flatten(0, 1).contiguous() for t in (inputs.k, inputs.v, inputs.q)]
     live = None if inputs.live is None else inputs.live[:, 0].to(torch.float32).contiguous()
     weights = list(state.weights) if stack else []
     learned = list(start.weights) if stack and masks.reset_BN is not None else []
     commit, reset = (masks.commit_BN, masks.reset_BN) if stack else (None, None)
-    found = scan(
-        streams, live, [t.to(torch.float32) for t in readout.parameters()], weights, learned, commit, reset, rule.memory, rule.objective,
-        rule.huber_delta, rule.update, rule.self_target, rule.normalize_v, ",".join(stack), chunk, save_every, keep_state,
-        readout.eta_max, readout.retention, readout.writes,
+    settings = Settings(
+        rule.memory, rule.objective, rule.huber_delta, rule.update, rule.self_target, rule.normalize_v,
+        ",".join(stack), chunk, save_every, keep_state, readout.eta_max, readout.retention, readout.writes,
     )  # fmt: skip
+    parameters = [t.to(torch.float32) for t in readout.parameters()]
+    found = scan(streams, live, parameters, weights, learned, commit, reset, *astuple(settings))
     generated = Generated(*(t.unflatten(0, (batch, heads)) for t in found[:5]))
     return generated, MemoryState(tuple(found[8 : 8 + len(weights)])) if stack and keep_state else None

@@ -10,8 +10,11 @@ from hope_kernels.tiling import Tiling
 from hope_pt.testing.scans import REPEAT, SCAN, Size, gates, mismatches, random_like_keys
 
 FP32 = 1e-5
+"""2^-24 times the roundings of a tile of 64; 1e-6 as measured."""
 BF16 = 5e-3
+"""Terms rounded once to bf16, 2^-9 = 2e-3, from exact Gram matrices."""
 BF16_GRADIENT = 1.5e-2
+"""Gradients of products whose operands are rounded to bf16, Y and M twice."""
 INVERSE = 1e-6
 """The inverse in fp32: substitution and merges add a few roundings; Neumann's series would be at 1e1 for correlated keys."""
 
@@ -125,14 +128,15 @@ def test_plain_torch_terms_are_the_recurrence(keys, erase, queries):
 @pytest.mark.parametrize("retention", ("mixed", "zero", "one"))
 @pytest.mark.parametrize("keys", ("random", "correlated", "identical"))
 def test_kernel_is_the_recurrence(keys, retention, dtype, device):
-    tiling = Tiling(70, 64, 64)
-    compare(leaves(tiling, keys=keys, retention=retention), tiling, dtype, device)
+    tiling = Tiling(60, 64, 64)
+    compare(leaves(tiling, rows=1, keys=keys, retention=retention), tiling, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS)
 def test_kernel_at_every_cut(tiling, dtype, device):
-    compare(leaves(tiling, rows=3, keys="correlated"), tiling, dtype, device)
+    rows = 3 if tiling.num_tiles == 1 else 1
+    compare(leaves(tiling, rows=rows, keys="correlated"), tiling, dtype, device)
 
 
 @pytest.mark.parametrize("width", (20, 64, 128))
@@ -144,8 +148,8 @@ def test_kernel_at_every_width(width, device):
 @pytest.mark.parametrize(("queries", "erase"), [(False, True), (True, False), (False, False)])
 def test_kernel_without_queries_or_erase(queries, erase, device):
     tiling = Tiling(50, 40, 32)
-    compare(leaves(tiling), tiling, torch.float32, device, queries=queries, erase=erase)
-    compare(leaves(tiling), tiling, torch.bfloat16, device, queries=queries, erase=erase)
+    compare(leaves(tiling, rows=1), tiling, torch.float32, device, queries=queries, erase=erase)
+    compare(leaves(tiling, rows=1), tiling, torch.bfloat16, device, queries=queries, erase=erase)
 
 
 def test_absent_gradients_are_zero(device):
@@ -200,7 +204,7 @@ def test_inverse_of_a_system(size, device):
 @pytest.mark.parametrize("tile", (16, 32, 64))
 def test_inverse_of_keys(tile, keys, device):
     tiling = Tiling(75, 70, tile)
-    inputs = leaves(tiling, keys=keys, retention="one", width=32)
+    inputs = leaves(tiling, rows=1, keys=keys, retention="one", width=32)
     wanted = recurrence(rounded(inputs, torch.float32), tiling, queries=False, erase=True)["inverse"]
     arguments = [inputs[name].float().to(device) for name in ("k", "eta", "log_alpha")]
     for backend in ("triton", "chunked"):
@@ -297,7 +301,7 @@ def test_momentum_terms_are_the_recurrence(name, retention, erase):
 @pytest.mark.parametrize("keys", ("random", "correlated", "identical"))
 @pytest.mark.parametrize("retention", ("mixed", "zero", "one"))
 def test_momentum_terms_in_fp32(retention, keys, device):
-    tiling = Tiling(75, 70, 64)
+    tiling = Tiling(60, 64, 64)
     inputs = momentum_leaves(tiling, keys=keys, retention=retention, width=24)
     wanted, wanted_flows = with_flows(momentum_recurrence, rounded(inputs, torch.float32), tiling=tiling, erase=True)
     taken = {name: t.float().to(device) for name, t in inputs.items()}

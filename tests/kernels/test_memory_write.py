@@ -125,8 +125,7 @@ def twin(leaves: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]
         signals.append(found)
         weights = choose(commit[:, chunk], after, anchor, case) if commit is not None and is_last else after
     slots.append(weights)
-    outputs = {f"slots.{i}": torch.stack(each, 1) for i, each in enumerate(zip(*slots, strict=True))}
-    outputs |= {f"end.{i}": t for i, t in enumerate(weights)}
+    outputs = {f"states.{i}": torch.stack(each, 1) for i, each in enumerate(zip(*slots, strict=True))}
     return outputs | {name: torch.cat([s[name] for s in signals], 1) for name in signals[0]}
 
 
@@ -140,7 +139,7 @@ def arguments(leaves: dict[str, torch.Tensor], case: Case, device: torch.device)
     gates = {name: leaves[name].to(device, torch.float32) for name in ("w", "g_prev", "g_end")}
     memories, tiling = case.rows * case.memories, case.tiling
     current = tuple(t.to(device, torch.float32).clone() for t in pick(leaves, "state"))
-    states = States.at(current, tiles=tiling.num_tiles, dtype=case.dtype)
+    states = States.at(current, tiles=tiling.num_tiles, dtype=case.dtype, backward=True)
     signals = Signals.empty(case.rule, memories, tokens=case.tokens, width=case.width, hidden=case.hidden, dtype=case.dtype, device=device)
     commit, reset = (None if m is None else m.to(device, torch.uint8) for m in masks_of(case))
     start = tuple(t.to(device, torch.float32) for t in pick(leaves, "start")) if case.masked else ()
@@ -149,7 +148,7 @@ def arguments(leaves: dict[str, torch.Tensor], case: Case, device: torch.device)
 
 
 def written(states: States, signals: Signals) -> dict[str, torch.Tensor]:
-    found = {f"slots.{i}": t for i, t in enumerate(states.weights)} | {f"end.{i}": t for i, t in enumerate(states.current)}
+    found = {f"states.{i}": torch.cat([t[:, :-1], c.unsqueeze(1)], 1) for i, (t, c) in enumerate(zip(states.weights, states.current, strict=True))}
     return found | {n: getattr(signals, n) for n in ("residual", "error", "hidden") if getattr(signals, n) is not None}
 
 
@@ -171,12 +170,11 @@ def of_dtype(case: Case, dtype: torch.dtype) -> Case:
 def cotangents(outputs: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]:
     """Gradients of the end state, of the signals and, as "reads.i" [R, NT, ...], of the states through the reads."""
     generator = torch.Generator().manual_seed(2)
-    given = {n: torch.randn(t.shape, generator=generator, dtype=torch.float64) for n, t in outputs.items() if not n.startswith("slots")}
-    for name, t in outputs.items():
-        if name.startswith("slots"):
-            shape = (len(t), case.tiling.num_tiles, *t.shape[2:])
-            given[f"reads{name[5:]}"] = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return given
+    random = {n: torch.randn(t.shape, generator=generator, dtype=torch.float64) for n, t in outputs.items()}
+    given = {n: t for n, t in random.items() if not n.startswith("states")}
+    for name in random.keys() - given.keys():
+        given |= {f"end{name[6:]}": random[name][:, -1], f"reads{name[6:]}": random[name][:, :-1].contiguous()}
+    return dict(sorted(given.items()))
 
 
 def autograd(leaves: dict[str, torch.Tensor], case: Case, read: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -185,8 +183,9 @@ def autograd(leaves: dict[str, torch.Tensor], case: Case, read: str) -> tuple[di
     outputs = twin(leaves, case)
     given = cotangents(outputs, case)
     seen = [anchor if read == "anchor" else i for i, (_, anchor, *_) in enumerate(spans(case.tiling))]
-    pairs = [(t, given[name]) for name, t in outputs.items() if not name.startswith("slots")]
-    pairs += [(t[:, seen], given[f"reads{name[5:]}"]) for name, t in outputs.items() if name.startswith("slots")]
+    pairs = [(t, given[name]) for name, t in outputs.items() if name in given]
+    for name in outputs.keys() - given.keys():
+        pairs += [(outputs[name][:, seen], given[f"reads{name[6:]}"]), (outputs[name][:, -1], given[f"end{name[6:]}"])]
     found = torch.autograd.grad([t for t, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True)
     return given, {f"d{n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), found, strict=True)}
 

@@ -29,17 +29,21 @@ class States:
 
     weights: slots (W2 [R, NT + 1, F, K], W1 [R, NT + 1, K, F]) or (W [R, NT + 1, K, K],) in the dtype of the keys: slot i is the state at
     the start of tile i, after a document's reset, as the operand of every product with it. current: the state itself, fp32, [R, ...]
-    without slots: before a call of `write_forward` that at the start of its first tile, afterwards that after its last.
+    without slots: before a call of `write_forward` that at the start of its first tile, afterwards that after its last. rest: what rounding
+    took from the slots, in their shapes and dtype: the gradient of g_end needs it where the keys are bf16. () where no backward follows.
     """
 
     weights: tuple[torch.Tensor, ...]
     current: tuple[torch.Tensor, ...]
+    rest: tuple[torch.Tensor, ...] = ()
 
     @staticmethod
-    def at(current: tuple[torch.Tensor, ...], *, tiles: int, dtype: torch.dtype) -> "States":
-        """Room for `tiles` tiles from a given state on, which is written over."""
-        slots = tuple(torch.empty(len(t), tiles + 1, *t.shape[1:], dtype=dtype, device=t.device) for t in current)
-        return States(slots, current)
+    def at(current: tuple[torch.Tensor, ...], *, tiles: int, dtype: torch.dtype, backward: bool) -> "States":
+        """Room for `tiles` tiles from a given state on, which is written over; backward: whether `write_backward` follows."""
+        shapes = [(len(t), tiles + 1, *t.shape[1:]) for t in current]
+        slots = tuple(torch.empty(shape, dtype=dtype, device=current[0].device) for shape in shapes)
+        rounded = backward and dtype != torch.float32
+        return States(slots, current, tuple(torch.empty_like(t) for t in slots) if rounded else ())
 
 
 @dataclass(frozen=True)
@@ -152,11 +156,23 @@ def _store_matrix(pointer, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLO
 
 
 @triton.jit
-def _copy_matrix(to, also_to, source, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Copy a matrix to two places, each in its dtype."""
-    value = _load_matrix(source, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    _store_matrix(to, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    _store_matrix(also_to, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+def _store_slot(
+    slot, rest, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Store a state as an operand and, where `rest` is wanted, what that leaves out."""
+    _store_matrix(slot, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    if rest is not None:
+        value -= value.to(slot.dtype.element_ty).to(tl.float32)
+        _store_matrix(rest, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+@triton.jit
+def _slots(pointer, rest_ptr, number, SIZE: tl.constexpr):
+    """Pointers to a slot (its number counts all memories') and to its rest."""
+    if rest_ptr is not None:
+        return pointer + number * SIZE, rest_ptr + number * SIZE
+    else:
+        return pointer + number * SIZE, None
 
 
 @triton.jit
@@ -170,7 +186,7 @@ def _load_gradient(pointer, first, rows, WIDTH: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _enter_tile(
-    grad, low, anchor_grad, read_grad, slot, live, keep, is_last,
+    grad, low, anchor_grad, read_grad, slot, rest, live, keep, is_last,
     SIZE: tl.constexpr, PER_CHUNK: tl.constexpr, READS_ANCHOR: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Begin the backward pass of a tile for one matrix, from the gradient of the state after it; element by element, FLAT at a time.
@@ -186,7 +202,10 @@ def _enter_tile(
         value = tl.load(grad + at, inside, 0.0)
         written = value * live
         tl.store(low + at, written.to(low.dtype.element_ty), inside)
-        d_g_end += tl.sum(written * tl.load(slot + at, inside, 0.0).to(tl.float32), 0)
+        weight = tl.load(slot + at, inside, 0.0).to(tl.float32)
+        if rest is not None:
+            weight += tl.load(rest + at, inside, 0.0).to(tl.float32)
+        d_g_end += tl.sum(written * weight, 0)
         kept = value * keep
         if PER_CHUNK > 1:
             through = value * (1 - live)
@@ -311,7 +330,7 @@ def _linear_target(v, a, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRE
 @triton.jit
 def _mlp_forward(
     k_ptr, v_ptr, y_ptr, w_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr,
-    start2_ptr, start1_ptr, kept2_ptr, kept1_ptr, w2_ptr, w1_ptr, current2_ptr, current1_ptr,
+    start2_ptr, start1_ptr, kept2_ptr, kept1_ptr, w2_ptr, w1_ptr, rest2_ptr, rest1_ptr, current2_ptr, current1_ptr,
     residual_ptr, error_ptr, hidden_ptr, scale_ptr,
     tokens, num_tiles, num_chunks, memories_per_row, first_tile, end_tile, inverse_square,
     K: tl.constexpr, F: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr,
@@ -324,20 +343,26 @@ def _mlp_forward(
     dtype = k_ptr.dtype.element_ty
     current2_ptr += memory * (F * K)
     current1_ptr += memory * (F * K)
-    w2_ptr += memory * (num_tiles + 1) * (F * K)
-    w1_ptr += memory * (num_tiles + 1) * (F * K)
-    _store_matrix(w2_ptr + tl.cast(first_tile, tl.int64) * (F * K), _load_matrix(current2_ptr, F, K, BF, BK), F, K, BF, BK)
-    _store_matrix(w1_ptr + tl.cast(first_tile, tl.int64) * (F * K), _load_matrix(current1_ptr, K, F, BK, BF), K, F, BK, BF)
+    slots = memory * (num_tiles + 1)
+    slot2, rest2 = _slots(w2_ptr, rest2_ptr, slots + first_tile, F * K)
+    slot1, rest1 = _slots(w1_ptr, rest1_ptr, slots + first_tile, F * K)
+    _store_slot(slot2, rest2, _load_matrix(current2_ptr, F, K, BF, BK), F, K, BF, BK)
+    _store_slot(slot1, rest1, _load_matrix(current1_ptr, K, F, BK, BF), K, F, BK, BF)
     tl.debug_barrier()
     for i in tl.range(first_tile, end_tile, num_stages=1):
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
         here, there = row * tokens + first, memory * tokens + first  # of what the memories share, and of their own
-        slot2, slot1 = w2_ptr + tl.cast(i, tl.int64) * (F * K), w1_ptr + tl.cast(i, tl.int64) * (F * K)
-        anchor2, anchor1 = w2_ptr + tl.cast(anchor, tl.int64) * (F * K), w1_ptr + tl.cast(anchor, tl.int64) * (F * K)
+        slot2, rest2 = _slots(w2_ptr, rest2_ptr, slots + i, F * K)
+        slot1, rest1 = _slots(w1_ptr, rest1_ptr, slots + i, F * K)
+        anchor2, anchor1 = w2_ptr + (slots + anchor) * (F * K), w1_ptr + (slots + anchor) * (F * K)
         if reset_ptr is not None:
             if (i == anchor) & (tl.load(reset_ptr + row * num_chunks + chunk) != 0):
-                _copy_matrix(current2_ptr, slot2, start2_ptr + memory * (F * K), F, K, BF, BK)
-                _copy_matrix(current1_ptr, slot1, start1_ptr + memory * (F * K), K, F, BK, BF)
+                w2 = _load_matrix(start2_ptr + memory * (F * K), F, K, BF, BK)
+                _store_matrix(current2_ptr, w2, F, K, BF, BK)
+                _store_slot(slot2, rest2, w2, F, K, BF, BK)
+                w1 = _load_matrix(start1_ptr + memory * (F * K), K, F, BK, BF)
+                _store_matrix(current1_ptr, w1, K, F, BK, BF)
+                _store_slot(slot1, rest1, w1, K, F, BK, BF)
             tl.debug_barrier()
         if commit_ptr is not None:
             if (i == anchor) & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
@@ -354,13 +379,15 @@ def _mlp_forward(
         )
         _store_tokens(error_ptr, error, there, rows, K, BK, TILE)
         _store_scalars(scale_ptr, scale, there, rows, TILE)
+        next2, next_rest2 = _slots(w2_ptr, rest2_ptr, slots + i + 1, F * K)
+        next1, next_rest1 = _slots(w1_ptr, rest1_ptr, slots + i + 1, F * K)
         # W1 first: its update needs nothing of what follows, and its blocks leave the registers
         g_end = tl.load(g_end_ptr + row * num_tiles + i)
         paced = (error * -_load_scalars(w_ptr, here, rows, TILE)[:, None]).to(dtype)
         kept = _load_matrix(current1_ptr, K, F, BK, BF) * g_end
         w1 = tl.dot(tl.trans(paced), hidden.to(dtype), kept, input_precision=PRECISION)
         _store_matrix(current1_ptr, w1, K, F, BK, BF)
-        _store_matrix(slot1 + F * K, w1, K, F, BK, BF)
+        _store_slot(next1, next_rest1, w1, K, F, BK, BF)
         back = tl.dot(error.to(dtype), a1, input_precision=PRECISION)
         # the pre-activation once more costs one product; kept, it would spill
         k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
@@ -375,18 +402,22 @@ def _mlp_forward(
         kept = _load_matrix(current2_ptr, F, K, BF, BK) * g_end
         w2 = tl.dot(tl.trans((-residual).to(dtype)), y, kept, input_precision=PRECISION)
         _store_matrix(current2_ptr, w2, F, K, BF, BK)
-        _store_matrix(slot2 + F * K, w2, F, K, BF, BK)
+        _store_slot(next2, next_rest2, w2, F, K, BF, BK)
         tl.debug_barrier()
         if commit_ptr is not None:
             if is_last & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
-                _copy_matrix(current2_ptr, slot2 + F * K, kept2_ptr + memory * (F * K), F, K, BF, BK)
-                _copy_matrix(current1_ptr, slot1 + F * K, kept1_ptr + memory * (F * K), K, F, BK, BF)
+                w2 = _load_matrix(kept2_ptr + memory * (F * K), F, K, BF, BK)
+                _store_matrix(current2_ptr, w2, F, K, BF, BK)
+                _store_slot(next2, next_rest2, w2, F, K, BF, BK)
+                w1 = _load_matrix(kept1_ptr + memory * (F * K), K, F, BK, BF)
+                _store_matrix(current1_ptr, w1, K, F, BK, BF)
+                _store_slot(next1, next_rest1, w1, K, F, BK, BF)
             tl.debug_barrier()
 
 
 @triton.jit
 def _linear_forward(
-    k_ptr, v_ptr, y_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr, start_ptr, kept_ptr, w_ptr, current_ptr, residual_ptr,
+    k_ptr, v_ptr, y_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr, start_ptr, kept_ptr, w_ptr, rest_ptr, current_ptr, residual_ptr,
     tokens, num_tiles, num_chunks, memories_per_row, first_tile, end_tile, inverse_square,
     K: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PER_CHUNK: tl.constexpr,
     HUBER: tl.constexpr, ERASE: tl.constexpr, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr,
@@ -395,16 +426,19 @@ def _linear_forward(
     memory = tl.program_id(0).to(tl.int64)
     row = memory // memories_per_row
     current_ptr += memory * (K * K)
-    w_ptr += memory * (num_tiles + 1) * (K * K)
-    _store_matrix(w_ptr + tl.cast(first_tile, tl.int64) * (K * K), _load_matrix(current_ptr, K, K, BK, BK), K, K, BK, BK)
+    slots = memory * (num_tiles + 1)
+    slot, rest = _slots(w_ptr, rest_ptr, slots + first_tile, K * K)
+    _store_slot(slot, rest, _load_matrix(current_ptr, K, K, BK, BK), K, K, BK, BK)
     tl.debug_barrier()
     for i in tl.range(first_tile, end_tile, num_stages=1):
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
         here = row * tokens + first
-        slot = w_ptr + tl.cast(i, tl.int64) * (K * K)
+        slot, rest = _slots(w_ptr, rest_ptr, slots + i, K * K)
         if reset_ptr is not None:
             if (i == anchor) & (tl.load(reset_ptr + row * num_chunks + chunk) != 0):
-                _copy_matrix(current_ptr, slot, start_ptr + memory * (K * K), K, K, BK, BK)
+                w = _load_matrix(start_ptr + memory * (K * K), K, K, BK, BK)
+                _store_matrix(current_ptr, w, K, K, BK, BK)
+                _store_slot(slot, rest, w, K, K, BK, BK)
             tl.debug_barrier()
         if commit_ptr is not None:
             if (i == anchor) & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
@@ -412,7 +446,7 @@ def _linear_forward(
             tl.debug_barrier()
         k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
         v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
-        a = _load_matrix(w_ptr + tl.cast(anchor, tl.int64) * (K * K), K, K, BK, BK)
+        a = _load_matrix(w_ptr + (slots + anchor) * (K * K), K, K, BK, BK)
         pre = tl.dot(k, tl.trans(a), input_precision=PRECISION)
         target, _ = _linear_target(v, a, NORMALIZE, SELF_TARGET, PRECISION)
         residual, _ = _bounded(pre - target, inverse_square, HUBER)
@@ -427,18 +461,21 @@ def _linear_forward(
         y = _load_tokens(y_ptr, here, rows, K, BK, TILE)
         w = _load_matrix(current_ptr, K, K, BK, BK) * g_end - tl.dot(tl.trans(residual), y, input_precision=PRECISION)
         _store_matrix(current_ptr, w, K, K, BK, BK)
-        _store_matrix(slot + K * K, w, K, K, BK, BK)
+        slot, rest = _slots(w_ptr, rest_ptr, slots + i + 1, K * K)
+        _store_slot(slot, rest, w, K, K, BK, BK)
         tl.debug_barrier()
         if commit_ptr is not None:
             if is_last & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
-                _copy_matrix(current_ptr, slot + K * K, kept_ptr + memory * (K * K), K, K, BK, BK)
+                w = _load_matrix(kept_ptr + memory * (K * K), K, K, BK, BK)
+                _store_matrix(current_ptr, w, K, K, BK, BK)
+                _store_slot(slot, rest, w, K, K, BK, BK)
             tl.debug_barrier()
 
 
 @triton.jit
 def _mlp_backward(
     ids_ptr, k_ptr, v_ptr, y_ptr, w_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr,
-    w2_ptr, w1_ptr, residual_ptr, error_ptr, hidden_ptr, scale_ptr,
+    w2_ptr, w1_ptr, rest2_ptr, rest1_ptr, residual_ptr, error_ptr, hidden_ptr, scale_ptr,
     in_residual_ptr, in_error_ptr, in_hidden_ptr, read2_ptr, read1_ptr,
     sums_ptr, parked_ptr, start2_ptr, start1_ptr,
     d_k_ptr, d_v_ptr, d_y_ptr, d_w_ptr, d_g_prev_ptr, d_g_end_ptr,
@@ -461,7 +498,8 @@ def _mlp_backward(
         memory, row = _identity(ids_ptr, memories_per_row)
         here, there = row * tokens + first, memory * tokens + first
         slots = memory * (num_tiles + 1)
-        slot2, slot1 = w2_ptr + (slots + i) * SIZE, w1_ptr + (slots + i) * SIZE
+        slot2, rest2 = _slots(w2_ptr, rest2_ptr, slots + i, SIZE)
+        slot1, rest1 = _slots(w1_ptr, rest1_ptr, slots + i, SIZE)
         grad2_ptr = sums_ptr + memory * (4 * SIZE + TILE * F)
         grad1_ptr = grad2_ptr + SIZE
         anchor2_ptr = grad1_ptr + SIZE
@@ -487,8 +525,8 @@ def _mlp_backward(
         read2, read1 = None, None
         if read2_ptr is not None:
             read2, read1 = read2_ptr + reads, read1_ptr + reads
-        d_g_end = _enter_tile(grad2_ptr, low2_ptr, anchor2_ptr, read2, slot2, live, keep, is_last, SIZE, PER_CHUNK, READS_ANCHOR, FLAT)
-        d_g_end += _enter_tile(grad1_ptr, low1_ptr, anchor1_ptr, read1, slot1, live, keep, is_last, SIZE, PER_CHUNK, READS_ANCHOR, FLAT)
+        d_g_end = _enter_tile(grad2_ptr, low2_ptr, anchor2_ptr, read2, slot2, rest2, live, keep, is_last, SIZE, PER_CHUNK, READS_ANCHOR, FLAT)
+        d_g_end += _enter_tile(grad1_ptr, low1_ptr, anchor1_ptr, read1, slot1, rest1, live, keep, is_last, SIZE, PER_CHUNK, READS_ANCHOR, FLAT)
         tl.store(d_g_end_ptr + memory * num_tiles + i, d_g_end)
         tl.debug_barrier()
         # W2' = g_end W2 - residual^T y
@@ -622,7 +660,7 @@ def _mlp_backward(
 
 @triton.jit
 def _linear_backward(
-    ids_ptr, k_ptr, v_ptr, y_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr, w_ptr, residual_ptr,
+    ids_ptr, k_ptr, v_ptr, y_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr, w_ptr, rest_ptr, residual_ptr,
     in_residual_ptr, read_ptr, sums_ptr, parked_ptr, start_ptr,
     d_k_ptr, d_v_ptr, d_y_ptr, d_g_prev_ptr, d_g_end_ptr,
     tokens, num_tiles, num_chunks, memories_per_row, first_tile, end_tile, inverse_square,
@@ -638,7 +676,7 @@ def _linear_backward(
         memory, row = _identity(ids_ptr, memories_per_row)
         here, there = row * tokens + first, memory * tokens + first
         slots = memory * (num_tiles + 1)
-        slot = w_ptr + (slots + i) * (K * K)
+        slot, rest = _slots(w_ptr, rest_ptr, slots + i, K * K)
         grad_ptr = sums_ptr + memory * (2 * K * K)
         anchor_ptr = grad_ptr + K * K
         low_ptr = parked_ptr + memory * (K * K + TILE * 3 * K)
@@ -655,7 +693,7 @@ def _linear_backward(
         read = None
         if read_ptr is not None:
             read = read_ptr + (memory * num_tiles + i) * (K * K)
-        d_g_end = _enter_tile(grad_ptr, low_ptr, anchor_ptr, read, slot, live, keep, is_last, K * K, PER_CHUNK, READS_ANCHOR, FLAT)
+        d_g_end = _enter_tile(grad_ptr, low_ptr, anchor_ptr, read, slot, rest, live, keep, is_last, K * K, PER_CHUNK, READS_ANCHOR, FLAT)
         tl.store(d_g_end_ptr + memory * num_tiles + i, d_g_end)
         tl.debug_barrier()
         low = _load_matrix(low_ptr, K, K, BK, BK)
@@ -754,7 +792,7 @@ def write_forward(
     _check(k, v, terms, states, rule=rule, tiling=tiling, tiles=tiles)
     absent = (None,) * len(states.current)
     kept = absent if commit is None else tuple(torch.empty_like(t) for t in states.current)
-    moved = (commit, reset, *(start or absent), *kept, *states.weights, *states.current)
+    moved = (commit, reset, *(start or absent), *kept, *states.weights, *(states.rest or absent), *states.current)
     sizes = (tokens, tiling.num_tiles, tiling.num_chunks, memories // rows, tiles.start, tiles.stop, rule.huber_delta**-2)
     warps = tuning(width=width, hidden=hidden).warps_of("write_forward")
     if rule.memory == "linear":
@@ -847,12 +885,12 @@ def write_backward(
     ids = torch.arange(memories, dtype=torch.int32, device=k.device)
     if rule.memory == "linear":
         _linear_backward[(memories,)](
-            ids, k, v, terms.y, terms.g_prev, terms.g_end, commit, reset, *states.weights, signals.residual, from_reads.residual, *walked,
+            ids, k, v, terms.y, terms.g_prev, terms.g_end, commit, reset, *states.weights, *(states.rest or absent), signals.residual, from_reads.residual, *walked,
             out.k, out.v, out.y, out.g_prev, out.g_end, *sizes, **constants, num_warps=warps,
         )  # fmt: skip
     else:
         _mlp_backward[(memories,)](
-            ids, k, v, terms.y, terms.w, terms.g_prev, terms.g_end, commit, reset, *states.weights,
+            ids, k, v, terms.y, terms.w, terms.g_prev, terms.g_end, commit, reset, *states.weights, *(states.rest or absent),
             signals.residual, signals.error, signals.hidden, signals.scale, from_reads.residual, from_reads.error, from_reads.hidden, *walked,
             out.k, out.v, out.y, out.w, out.g_prev, out.g_end, *sizes, **constants, F=hidden, BF=padded(hidden), num_warps=warps,
         )  # fmt: skip

@@ -32,7 +32,7 @@ def pointers(operands: str, fp32: str, absent: str) -> dict[str, Any]:
 def mlp_forward(width: int, hidden: int, per_chunk: int) -> Case:
     """One MLP memory forward."""
     tensors = pointers(
-        "k v y residual error hidden w2 w1", "w g_prev g_end current2 current1 scale", "commit reset start2 start1 kept2 kept1"
+        "k v y residual error hidden w2 w1", "w g_prev g_end current2 current1 scale", "commit reset start2 start1 kept2 kept1 rest2 rest1"
     )
     arguments = {**tensors, **constants(width, hidden, per_chunk=per_chunk), "F": hidden, "BF": padded(hidden)}
     warps = tuning(width=width, hidden=hidden).warps_of("write_forward")
@@ -41,7 +41,7 @@ def mlp_forward(width: int, hidden: int, per_chunk: int) -> Case:
 
 def linear_forward(width: int, per_chunk: int) -> Case:
     """One linear memory forward."""
-    tensors = pointers("k v y residual w", "g_prev g_end current", "commit reset start kept")
+    tensors = pointers("k v y residual w", "g_prev g_end current", "commit reset start kept rest")
     warps = tuning(width=width, hidden=width).warps_of("write_forward")
     return Case(
         f"linear_forward_{width}_{per_chunk}", write._linear_forward, {**tensors, **constants(width, width, per_chunk=per_chunk)}, warps
@@ -51,7 +51,7 @@ def linear_forward(width: int, per_chunk: int) -> Case:
 def mlp_backward(width: int, hidden: int, per_chunk: int) -> Case:
     """One MLP memory backward, with gradients from causal reads."""
     fp32 = "w g_prev g_end scale in_residual in_error in_hidden read2 read1 sums d_k d_v d_y d_w d_g_prev d_g_end"
-    tensors = pointers("k v y w2 w1 residual error hidden parked", fp32, "commit reset start2 start1")
+    tensors = pointers("k v y w2 w1 rest2 rest1 residual error hidden parked", fp32, "commit reset start2 start1")
     arguments = {
         **tensors,
         **constants(width, hidden, per_chunk=per_chunk),
@@ -67,7 +67,7 @@ def mlp_backward(width: int, hidden: int, per_chunk: int) -> Case:
 def linear_backward(width: int, per_chunk: int) -> Case:
     """One linear memory backward, with gradients from causal reads."""
     fp32 = "g_prev g_end in_residual read sums d_k d_v d_y d_g_prev d_g_end"
-    tensors = pointers("k v y w residual parked", fp32, "commit reset start")
+    tensors = pointers("k v y w rest residual parked", fp32, "commit reset start")
     warps = tuning(width=width, hidden=width).warps_of("write_backward")
     arguments = {**tensors, **constants(width, width, per_chunk=per_chunk), "READS_ANCHOR": False, "ids_ptr": torch.int32}
     return Case(f"linear_backward_{width}_{per_chunk}", write._linear_backward, arguments, warps)

@@ -33,7 +33,8 @@ class Tuning:
 def table() -> dict[tuple[int, int], Tuning]:
     """The stored table: (head width, hidden width) -> tuning."""
     stored = json.loads((Path(__file__).parent / "tuning.json").read_text())
-    return {tuple(int(n) for n in key.split("x")): Tuning(**entry) for key, entry in stored.items()}
+    widths = {key: key.split("x") for key in stored}
+    return {(int(width), int(hidden)): Tuning(**stored[key]) for key, (width, hidden) in widths.items()}
 
 
 def tuning(*, width: int, hidden: int) -> Tuning | None:

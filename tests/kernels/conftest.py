@@ -20,6 +20,8 @@ def poisoned(monkeypatch):
     """`torch.empty` and `torch.empty_like` give NaN (and the largest integer), so that what a kernel leaves out shows."""
 
     def poison(tensor):
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
         return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
     empty, empty_like = torch.empty, torch.empty_like

@@ -101,9 +101,9 @@ def kernels(
     every, run = range(tiling.num_tiles), 2
     out = empty_streams(leaves["k"])
     if static.names:
-        generate_forward(streams, leaves["live"], static, readout, tiles=every, out=out, **settings)
-    for _, tiles, _ in chunks(tiling) if stack else ():
-        generate_forward(streams, leaves["live"], stacked, readout, tiles=tiles, out=out, **settings)
+        generate_forward(streams, leaves["live"], static, readout, chunks=range(tiling.num_chunks), out=out, **settings)
+    for n in range(tiling.num_chunks) if stack else ():
+        generate_forward(streams, leaves["live"], stacked, readout, chunks=range(n, n + 1), out=out, **settings)
     inner = Inner(*(leaves[f"i.{name}"] for name in Inner._fields))
     upstream = tuple(leaves[f"u.{name}"] for name in NAMES)
     device = leaves["k"].device

@@ -6,7 +6,7 @@ static, without. Tokens beyond the end of a tile's chunk or of the sequence coun
 README.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ from hope_kernels.tuning import padded, tuning
 STREAMS = ("k", "eta", "alpha", "v", "q")
 """Generated streams by their number in the kernels: the first three are read from the static stream k, the others from their own."""
 GATES = 2
+READ_TILE = 64
+"""Tokens of a tile forward: what one warp group multiplies at once. It need not be the tile of the writes: only anchors are read."""
 UNIT_EPS: tl.constexpr = tl.constexpr(L2_EPS)
 LN2: tl.constexpr = tl.constexpr(MAX_FORGET)
 
@@ -166,7 +168,7 @@ def _stream(place, PLACE_K: tl.constexpr, PLACE_ETA: tl.constexpr, PLACE_ALPHA: 
 @triton.jit(do_not_specialize=["first_tile"])
 def _generate_forward(
     xk, xv, xq, live, w2, w1, start2, start1, reset, r_eta, b_eta, r_alpha, b_alpha, k, v, q, eta, log_alpha,
-    scale_k, scale_v, scale_q, eta_max, tokens, row, heads, num_chunks, num_tiles, first_tile,
+    scale_k, scale_v, scale_q, eta_max, tokens, row, heads, num_chunks, num_tiles, slots_per_chunk, first_tile,
     K: tl.constexpr, F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     PLACE_K: tl.constexpr, PLACE_ETA: tl.constexpr, PLACE_ALPHA: tl.constexpr, PLACE_V: tl.constexpr, PLACE_Q: tl.constexpr,
     MEMORY: tl.constexpr, LINEAR: tl.constexpr, NORMALIZE_V: tl.constexpr, WRITES: tl.constexpr, RETENTION: tl.constexpr,
@@ -186,7 +188,7 @@ def _generate_forward(
     if MEMORY:
         PER_CHUNK: tl.constexpr = (CHUNK + TILE - 1) // TILE
         chunk = tile // PER_CHUNK
-        memory, slot = line * tl.num_programs(1) + place, chunk * PER_CHUNK
+        memory, slot = line * tl.num_programs(1) + place, chunk * slots_per_chunk
         first = _matrix(_anchor(w2, start2, reset, line, chunk, num_chunks, memory, slot, num_tiles, F * K), F, K, BLOCK_F, BLOCK_K)
         if not LINEAR:
             w1_at = _anchor(w1, start1, reset, line, chunk, num_chunks, memory, slot, num_tiles, F * K)
@@ -445,20 +447,22 @@ def generate_forward(
     *,
     normalize_v: bool,
     tiling: Tiling,
-    tiles: range,
+    chunks: range,
     out: Streams,
 ) -> None:
-    """Write the streams anchors.names of the tokens of some tiles to `out`, which is contiguous.
+    """Write the streams anchors.names of the tokens of some chunks to `out`, which is contiguous.
 
     streams: the static k, v, q [L, T, K], fp32 or bf16, and live [B, T] fp32 or None: whole, or windows of the same longer rows. readout:
-    parameters [H, K] and [H], fp32.
+    parameters [H, K] and [H], fp32. tiling: of the slots of the states.
     """
     row, settings = _settings(streams, (), anchors, tiling, "generate_forward")
     assert all(t.is_contiguous() for t in out) and (live is None or live.stride() == (row, 1))
+    own = replace(tiling, tile=min(READ_TILE, padded(tiling.chunk)))
+    tiles = own.tiles_of(chunks)
     _generate_forward[(len(tiles), len(anchors.names), len(streams[0]))](
         *streams, live, *_pair(anchors.weights), *_pair(anchors.start), anchors.reset, *readout.parameters(), *out, readout.eta_max,
-        tiling.tokens, row, len(readout.bias_eta), tiling.num_chunks, tiling.num_tiles, tiles.start,
-        **settings, NORMALIZE_V=normalize_v, WRITES=readout.writes, RETENTION=readout.retention,
+        tiling.tokens, row, len(readout.bias_eta), tiling.num_chunks, tiling.num_tiles, tiling.per_chunk, tiles.start,
+        **{**settings, "TILE": own.tile}, NORMALIZE_V=normalize_v, WRITES=readout.writes, RETENTION=readout.retention,
     )  # fmt: skip
 
 

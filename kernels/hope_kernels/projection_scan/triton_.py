@@ -155,10 +155,10 @@ def _sum_memories(
     _sum_rows(g_end, sum_g_end, line, S, num_tiles, tile, True)
 
 
-def _room(segment: Segment, k: torch.Tensor, current: tuple[torch.Tensor, ...]) -> tuple[States, Signals]:
+def _room(segment: Segment, k: torch.Tensor, current: tuple[torch.Tensor, ...], *, backward: bool) -> tuple[States, Signals]:
     """States of a segment from its first on, [L * S, ...] fp32, which moves along, and the signals of its writes."""
     tiling, (memories, hidden, width) = segment.tiling, current[0].shape
-    states = States.at(current, tiles=tiling.num_tiles, dtype=k.dtype)
+    states = States.at(current, tiles=tiling.num_tiles, dtype=k.dtype, backward=backward)
     shape: dict[str, Any] = {"width": width, "hidden": hidden, "dtype": k.dtype, "device": k.device}
     return states, Signals.empty(segment.settings.rule, memories, tiling.tokens, **shape)
 
@@ -178,16 +178,16 @@ def _forward_segment(
     out, static = empty_streams(streams[0]), settings.static
     same: dict[str, Any] = {"normalize_v": rule.normalize_v, "tiling": tiling, "out": out}
     if static.names:
-        generate_forward(streams, live, static, readout, tiles=range(tiling.num_tiles), **same)
+        generate_forward(streams, live, static, readout, chunks=range(tiling.num_chunks), **same)
     if not current:
         return out
-    states, signals = _room(segment, out.k, current)
+    states, signals = _room(segment, out.k, current, backward=False)
     for slots, state in zip(states.weights, current, strict=True):
         slots[:, 0] = state
     anchors = Anchors(settings.names, states.weights, tuple(w.to(out.k.dtype) for w in start), segment.reset)
     room = empty_terms(out.k, tiling=tiling, queries=False, erase=rule.erases(0))
-    for tiles in segment.chunks:
-        generate_forward(streams, live, anchors, readout, tiles=tiles, **same)
+    for n, tiles in enumerate(segment.chunks):
+        generate_forward(streams, live, anchors, readout, chunks=range(n, n + 1), **same)
         if tiles.start in segment.written:
             chunk_terms(out.k, None, out.eta, out.log_alpha, tiling=tiling, erase=rule.erases(0), tiles=tiles, out=room)
             write_forward(
@@ -289,7 +289,7 @@ class _Writes:
         tiling, rule, written = segment.tiling, segment.settings.rule, segment.written
         k, v, eta, log_alpha = (t.contiguous() for t in (generated.k, generated.v, generated.eta, generated.log_alpha))
         self.keys, self.values, self.gates = k, v, (eta, log_alpha)
-        self.states, self.signals = _room(segment, k, current)
+        self.states, self.signals = _room(segment, k, current, backward=True)
         for slots, state in zip(self.states.weights, current, strict=True):
             slots[:, 0] = state
         self.room = empty_terms(k, tiling=tiling, queries=False, erase=rule.erases(0))

@@ -40,7 +40,8 @@ def _arguments(width: int, *, memory: str, masks: bool) -> dict[str, Any]:
 
 def _forward(width: int, *, memory: str, masks: bool = False) -> dict[str, Any]:
     extra = dict.fromkeys(("b_eta", "b_alpha"), FP32) | {"live": FP32 if masks else None, "WRITES": True, "RETENTION": True}
-    return _arguments(width, memory=memory, masks=masks) | extra
+    tiles = {"slots_per_chunk": 256 // _entry(width).tile, "first_tile": 256 // generate.READ_TILE, "TILE": generate.READ_TILE}
+    return _arguments(width, memory=memory, masks=masks) | extra | tiles
 
 
 def _backward(width: int, *, memory: str, masks: bool = False) -> dict[str, Any]:
@@ -67,11 +68,11 @@ def cases() -> list[Case]:
         entry = _entry(width)
         settings: dict[str, Any] = {"memory": memory, "masks": masks}
         name, static = f"{memory}_{width}{'_masks' if masks else ''}", memory == "static"
-        small = "tiles of 32 rows" if entry.tile < 64 else None
         for kernel, build, label in (
             (generate._generate_forward, _forward, "generate_forward"),
             (generate._generate_backward, _backward, "generate_backward"),
         ):
             arguments = build(width, **settings)
+            small = "tiles of 32 rows" if arguments["TILE"] < 64 else None
             found.append(Case(f"{label}_{name}", kernel, arguments, entry.warps_of(label), min_mma=0 if static else 1, hmma_reason=small))
     return [*found, *(_sum(width) for width in (48, 128))]

@@ -329,7 +329,7 @@ def _linear_target(v, a, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRE
 
 @triton.jit
 def _mlp_forward(
-    k_ptr, v_ptr, y_ptr, w_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr,
+    ids_ptr, k_ptr, v_ptr, y_ptr, w_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr,
     start2_ptr, start1_ptr, kept2_ptr, kept1_ptr, w2_ptr, w1_ptr, rest2_ptr, rest1_ptr, current2_ptr, current1_ptr,
     residual_ptr, error_ptr, hidden_ptr, scale_ptr,
     tokens, num_tiles, num_chunks, memories_per_row, first_tile, end_tile, inverse_square,
@@ -338,19 +338,19 @@ def _mlp_forward(
     HUBER: tl.constexpr, ERASE: tl.constexpr, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tiles first_tile .. end_tile of one MLP memory: signals, the current state, and the slots it passes through."""
-    memory = tl.program_id(0).to(tl.int64)
-    row = memory // memories_per_row
     dtype = k_ptr.dtype.element_ty
-    current2_ptr += memory * (F * K)
-    current1_ptr += memory * (F * K)
+    memory, row = _identity(ids_ptr, memories_per_row)
     slots = memory * (num_tiles + 1)
     slot2, rest2 = _slots(w2_ptr, rest2_ptr, slots + first_tile, F * K)
     slot1, rest1 = _slots(w1_ptr, rest1_ptr, slots + first_tile, F * K)
-    _store_slot(slot2, rest2, _load_matrix(current2_ptr, F, K, BF, BK), F, K, BF, BK)
-    _store_slot(slot1, rest1, _load_matrix(current1_ptr, K, F, BK, BF), K, F, BK, BF)
+    _store_slot(slot2, rest2, _load_matrix(current2_ptr + memory * (F * K), F, K, BF, BK), F, K, BF, BK)
+    _store_slot(slot1, rest1, _load_matrix(current1_ptr + memory * (F * K), K, F, BK, BF), K, F, BK, BF)
     tl.debug_barrier()
     for i in tl.range(first_tile, end_tile, num_stages=1):
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
+        memory, row = _identity(ids_ptr, memories_per_row)
+        slots = memory * (num_tiles + 1)
+        now2_ptr, now1_ptr = current2_ptr + memory * (F * K), current1_ptr + memory * (F * K)
         here, there = row * tokens + first, memory * tokens + first  # of what the memories share, and of their own
         slot2, rest2 = _slots(w2_ptr, rest2_ptr, slots + i, F * K)
         slot1, rest1 = _slots(w1_ptr, rest1_ptr, slots + i, F * K)
@@ -358,16 +358,16 @@ def _mlp_forward(
         if reset_ptr is not None:
             if (i == anchor) & (tl.load(reset_ptr + row * num_chunks + chunk) != 0):
                 w2 = _load_matrix(start2_ptr + memory * (F * K), F, K, BF, BK)
-                _store_matrix(current2_ptr, w2, F, K, BF, BK)
+                _store_matrix(now2_ptr, w2, F, K, BF, BK)
                 _store_slot(slot2, rest2, w2, F, K, BF, BK)
                 w1 = _load_matrix(start1_ptr + memory * (F * K), K, F, BK, BF)
-                _store_matrix(current1_ptr, w1, K, F, BK, BF)
+                _store_matrix(now1_ptr, w1, K, F, BK, BF)
                 _store_slot(slot1, rest1, w1, K, F, BK, BF)
             tl.debug_barrier()
         if commit_ptr is not None:
             if (i == anchor) & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
-                _store_matrix(kept2_ptr + memory * (F * K), _load_matrix(current2_ptr, F, K, BF, BK), F, K, BF, BK)
-                _store_matrix(kept1_ptr + memory * (F * K), _load_matrix(current1_ptr, K, F, BK, BF), K, F, BK, BF)
+                _store_matrix(kept2_ptr + memory * (F * K), _load_matrix(now2_ptr, F, K, BF, BK), F, K, BF, BK)
+                _store_matrix(kept1_ptr + memory * (F * K), _load_matrix(now1_ptr, K, F, BK, BF), K, F, BK, BF)
             tl.debug_barrier()
         a2 = _load_matrix(anchor2, F, K, BF, BK)
         a1 = _load_matrix(anchor1, K, F, BK, BF)
@@ -384,9 +384,9 @@ def _mlp_forward(
         # W1 first: its update needs nothing of what follows, and its blocks leave the registers
         g_end = tl.load(g_end_ptr + row * num_tiles + i)
         paced = (error * -_load_scalars(w_ptr, here, rows, TILE)[:, None]).to(dtype)
-        kept = _load_matrix(current1_ptr, K, F, BK, BF) * g_end
+        kept = _load_matrix(now1_ptr, K, F, BK, BF) * g_end
         w1 = tl.dot(tl.trans(paced), hidden.to(dtype), kept, input_precision=PRECISION)
-        _store_matrix(current1_ptr, w1, K, F, BK, BF)
+        _store_matrix(now1_ptr, w1, K, F, BK, BF)
         _store_slot(next1, next_rest1, w1, K, F, BK, BF)
         back = tl.dot(error.to(dtype), a1, input_precision=PRECISION)
         # the pre-activation once more costs one product; kept, it would spill
@@ -399,18 +399,18 @@ def _mlp_forward(
             residual += pre * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
         _store_tokens(residual_ptr, residual, there, rows, F, BF, TILE)
         y = _load_tokens(y_ptr, here, rows, K, BK, TILE)
-        kept = _load_matrix(current2_ptr, F, K, BF, BK) * g_end
+        kept = _load_matrix(now2_ptr, F, K, BF, BK) * g_end
         w2 = tl.dot(tl.trans((-residual).to(dtype)), y, kept, input_precision=PRECISION)
-        _store_matrix(current2_ptr, w2, F, K, BF, BK)
+        _store_matrix(now2_ptr, w2, F, K, BF, BK)
         _store_slot(next2, next_rest2, w2, F, K, BF, BK)
         tl.debug_barrier()
         if commit_ptr is not None:
             if is_last & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
                 w2 = _load_matrix(kept2_ptr + memory * (F * K), F, K, BF, BK)
-                _store_matrix(current2_ptr, w2, F, K, BF, BK)
+                _store_matrix(now2_ptr, w2, F, K, BF, BK)
                 _store_slot(next2, next_rest2, w2, F, K, BF, BK)
                 w1 = _load_matrix(kept1_ptr + memory * (F * K), K, F, BK, BF)
-                _store_matrix(current1_ptr, w1, K, F, BK, BF)
+                _store_matrix(now1_ptr, w1, K, F, BK, BF)
                 _store_slot(next1, next_rest1, w1, K, F, BK, BF)
             tl.debug_barrier()
 
@@ -800,8 +800,9 @@ def write_forward(
             k, v, terms.y, terms.g_prev, terms.g_end, *moved, signals.residual, *sizes, **_constants(k, rule, tiling), num_warps=warps
         )
         return
+    ids = torch.arange(memories, dtype=torch.int32, device=k.device)
     _mlp_forward[(memories,)](
-        k, v, terms.y, terms.w, terms.g_prev, terms.g_end, *moved,
+        ids, k, v, terms.y, terms.w, terms.g_prev, terms.g_end, *moved,
         signals.residual, signals.error, signals.hidden, signals.scale, *sizes,
         **_constants(k, rule, tiling), F=hidden, BF=padded(hidden), num_warps=warps,
     )  # fmt: skip

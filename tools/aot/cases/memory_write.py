@@ -32,16 +32,16 @@ def pointers(operands: str, fp32: str, absent: str) -> dict[str, Any]:
 def mlp_forward(width: int, hidden: int, per_chunk: int) -> Case:
     """One MLP memory forward."""
     tensors = pointers(
-        "k v y residual error hidden w2 w1", "w g_prev g_end current2 current1 scale", "commit reset start2 start1 kept2 kept1 rest2 rest1"
+        "k v y residual error hidden w2 w1 rest2 rest1", "w g_prev g_end current2 current1 scale", "commit reset start2 start1 kept2 kept1"
     )
-    arguments = {**tensors, **constants(width, hidden, per_chunk=per_chunk), "F": hidden, "BF": padded(hidden)}
+    arguments = {**tensors, **constants(width, hidden, per_chunk=per_chunk), "F": hidden, "BF": padded(hidden), "ids_ptr": torch.int32}
     warps = tuning(width=width, hidden=hidden).warps_of("write_forward")
     return Case(f"mlp_forward_{width}x{hidden}_{per_chunk}", write._mlp_forward, arguments, warps)
 
 
 def linear_forward(width: int, per_chunk: int) -> Case:
     """One linear memory forward."""
-    tensors = pointers("k v y residual w", "g_prev g_end current", "commit reset start kept rest")
+    tensors = pointers("k v y residual w rest", "g_prev g_end current", "commit reset start kept")
     warps = tuning(width=width, hidden=width).warps_of("write_forward")
     return Case(
         f"linear_forward_{width}_{per_chunk}", write._linear_forward, {**tensors, **constants(width, width, per_chunk=per_chunk)}, warps

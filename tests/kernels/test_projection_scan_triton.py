@@ -150,7 +150,7 @@ def test_state_not_kept(device):
 
 
 def test_operator(device):
-    """Schema, fake implementation and autograd registration of the op."""
+    """Schema, fake implementation, autograd registration and tracing with any length."""
     rule, size = RULES["default"], Size(1, 1, 20, 8, 8)
     leaves = {n: t.to(device).requires_grad_() for n, t in leaves_of(rule, size).items()}
     state, start = states(leaves, rule)
@@ -160,7 +160,9 @@ def test_operator(device):
         list(start.weights), masks.commit_BN.to(device), masks.reset_BN.to(device), rule.memory, rule.objective, rule.huber_delta,
         rule.update, rule.self_target, rule.normalize_v, ",".join(STACKS["default"]), 16, 16, True, 1.0, True, True,
     )  # fmt: skip
-    torch.library.opcheck(scan, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(
+        scan, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    )
 
 
 def test_what_is_not_supported():

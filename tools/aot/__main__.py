@@ -32,7 +32,8 @@ def compiled(folder: Path, arch: str, names: list[str], *, jobs: int) -> Iterato
 
 def judge(folder: Path, arch: str, only: str, *, update: bool, jobs: int) -> list[str]:
     """Compile and compare for one architecture; the findings."""
-    cases, findings = gate.collect(folder, only)
+    cases, broken = gate.collect(folder, only)
+    findings = list(broken)
     stored = gate.read_baseline(folder).get(version_family(), {}).get(arch, {})
     if not stored and not update:
         print(f"no baseline of triton {version_family()} for {arch}: limits only")
@@ -49,11 +50,11 @@ def judge(folder: Path, arch: str, only: str, *, update: bool, jobs: int) -> lis
         if stored and not update:
             differs = gate.changes(found, stored[name]) if name in stored else ["not in the baseline"]
             findings += [f"{name}: {line}; run with --update if meant" for line in differs]
-    if update and len(good) == len(cases):
-        gate.update_baseline(folder, version_family(), arch, good, only=only)
-    elif not update:
-        surplus = [name for name in stored if only in name and name not in cases]
-        findings += [f"{name}: in the baseline, not a case; run with --update if meant" for name in surplus]
+    gone = [name for name in stored if only in name and name not in cases and not broken]
+    if update:
+        gate.update_baseline(folder, version_family(), arch, good, gone=gone)
+    else:
+        findings += [f"{name}: in the baseline, not a case; run with --update if meant" for name in gone]
     return [f"{arch} {line}" for line in findings]
 
 

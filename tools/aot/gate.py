@@ -50,8 +50,9 @@ def collect(folder: Path, only: str) -> tuple[dict[str, Case], list[str]]:
 
 def compile_named(folder: Path, name: str) -> tuple[Figures | None, str]:
     """Figures of the case "<file>/<name>" for this process's architecture, or None and why it does not compile."""
-    cases, _ = collect(folder, name)
-    return attempt(cases[name])
+    cases, broken = collect(folder, name)
+    # A file that was edited since the names were collected may not be readable any more.
+    return attempt(cases[name]) if name in cases else (None, "; ".join(broken) or "no longer a case")
 
 
 def _load(path: Path) -> ModuleType:
@@ -93,15 +94,15 @@ def read_baseline(folder: Path) -> Baseline:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def update_baseline(folder: Path, family: str, arch: str, found: dict[str, Figures], *, only: str) -> None:
-    """Put `found` in the place of the entries of this release and architecture whose names contain `only`; others keep theirs."""
+def update_baseline(folder: Path, family: str, arch: str, found: dict[str, Figures], *, gone: list[str]) -> None:
+    """Store `found` for this release and architecture and drop the entries `gone`; all others stay."""
     # Two people who update different cases at once must not lose each other's lines.
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         baseline = read_baseline(folder)
         entries = baseline.setdefault(family, {}).setdefault(arch, {})
-        kept = {name: entry for name, entry in entries.items() if only not in name}
+        kept = {name: entry for name, entry in entries.items() if name not in gone}
         baseline[family][arch] = {**kept, **{name: as_dict(entry) for name, entry in found.items()}}
         fresh = folder.parent / "baseline.json.tmp"
         fresh.write_text(_text(baseline))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hope_kernels import fused
-from hope_kernels.memory_scan.chunked import segments
+from hope_kernels.replay import segments
 from hope_kernels.rule import MemoryRule
 from hope_pt.config.schema import ModelConfig
 from hope_pt.nn.titans import adaptive_streams, memory_rule
@@ -47,20 +47,28 @@ def attention(config: ModelConfig, *, seq_len: int) -> Work:
 def memory(config: ModelConfig, *, seq_len: int) -> tuple[Work, float]:
     """(work, replayed) of both scans for one token and all heads of a layer; replayed: FLOPs of the forward pass that run again.
 
-    A sequence longer than titans.save_every is replayed piece by piece, so its whole forward pass counts twice. titans.memory_off, a
-    control, counts as if the memory were on.
+    Of a sequence longer than titans.save_every the forward pass runs again in backward: all of it, or in the fused form what leads to the
+    gradients. titans.memory_off, a control, counts as if the memory were on.
     """
     titans = config.titans
     shape = _Shape(memory_rule(titans), config.head_width, config.memory_hidden, titans.read == "causal")
     stack = adaptive_streams(titans)
-    replayed = len(segments(seq_len, titans.chunk_mem, titans.save_every)) > 1
+    save_every = seq_len if shape.is_fused else titans.save_every
+    proj, mem = (_chunks(seq_len, chunk, save_every) for chunk in (titans.chunk_proj, titans.chunk_mem))
     total = Work()
-    for chunk in _chunks(seq_len, titans.chunk_proj, titans.save_every):
-        total += _projection_chunk(shape, stack, chunk, retention=titans.retention, replayed=replayed)
-    for chunk in _chunks(seq_len, titans.chunk_mem, titans.save_every):
+    for chunk in proj:
+        total += _projection_chunk(shape, stack, chunk, retention=titans.retention)
+    for chunk in mem:
         total += _memory_chunk(shape, chunk)
-    per_token = total.times(config.num_heads / seq_len)
-    return per_token, per_token.forward if replayed else 0.0
+    again = 0.0
+    if seq_len > titans.save_every:
+        again = total.forward
+        if shape.is_fused:
+            again -= sum(2 * chunk.size * shape.matrix * len(stack) for chunk in proj if chunk.left)  # new weights
+            again -= sum((2 if chunk.left else 0 if shape.causal else 2 * shape.targets + 1) * chunk.size * shape.matrix for chunk in mem)
+            again -= 0.0 if shape.causal else sum(2 * chunk.size * shape.matrix for chunk in mem)
+            again -= 0.0 if stack else sum(4.0 * chunk.size * shape.width for chunk in proj)
+    return total.times(config.num_heads / seq_len), again * config.num_heads / seq_len
 
 
 class _Chunk(NamedTuple):
@@ -98,30 +106,29 @@ class _Shape:
         return 2.0 * self.width * (self.hidden if self.rule.memory == "mlp" else self.width)
 
 
-def _projection_chunk(shape: _Shape, stack: tuple[str, ...], chunk: _Chunk, *, retention: bool, replayed: bool) -> Work:
+def _projection_chunk(shape: _Shape, stack: tuple[str, ...], chunk: _Chunk, *, retention: bool) -> Work:
     """One chunk of the projection scan and one head. The last chunk's writes are read by nobody: the fused form leaves them out.
 
-    Without retention the memory of alpha runs but nothing depends on it: it has no backward pass, except that a replay hands back the
-    gradient of all memories at once.
+    Without retention the memory of alpha runs but nothing depends on it: autograd leaves its readout's backward pass out, the fused form
+    does not.
     """
     size = chunk.size
-    readouts = _both(2.0 * size * shape.width) + (_both if retention else Work)(2.0 * size * shape.width)
+    vector = 2.0 * size * shape.width
+    if stack and shape.is_fused:
+        total = Work(2 * vector, 2 * vector)
+        one = _fused_chunk(shape, size, causal=False, writes=True) if chunk.left else Work()
+        for name in stack:
+            total += (_readout(shape, size) if name in ("eta", "alpha") else _both(2 * size * shape.matrix)) + one
+        return total + _fused_written(shape, size) if chunk.left else total
+    readouts = _both(vector) + (_both if retention else Work)(vector)
     if not stack:
         return readouts
-    if not shape.is_fused:
-        one = _surprise(shape, size) + _general_writes(shape, chunk, reads=False)
-        if shape.rule.memory == "mlp":
-            one += _terms(shape, size, shape.hidden, layer=1, reads=False)
-        write = one.times(len(stack)) + _terms(shape, size, shape.width, layer=0, reads=False) + _decay(shape, size, reads=False)
-        read = _both(len(stack) * shape.rule.num_layers * size * shape.matrix)
-        return readouts + read + (write if chunk.left else write._replace(backward=0.0))
-    total = readouts
-    one = _fused_chunk(shape, size, causal=False, writes=True) if chunk.left else Work()
-    for name in stack:
-        used = retention or name != "alpha"
-        read = _readout(shape, size) if name in ("eta", "alpha") else _both(2 * size * shape.matrix)
-        total += (read if used else read._replace(backward=0.0)) + (one if used or replayed else one._replace(backward=0.0))
-    return total + _fused_terms(shape, size, causal=False) if chunk.left else total
+    one = _surprise(shape, size) + _general_writes(shape, chunk, reads=False)
+    if shape.rule.memory == "mlp":
+        one += _terms(shape, size, shape.hidden, layer=1, reads=False)
+    write = one.times(len(stack)) + _terms(shape, size, shape.width, layer=0, reads=False) + _decay(shape, size, reads=False)
+    read = _both(len(stack) * shape.rule.num_layers * size * shape.matrix)
+    return readouts + read + (write if chunk.left else write._replace(backward=0.0))
 
 
 def _memory_chunk(shape: _Shape, chunk: _Chunk) -> Work:
@@ -129,8 +136,8 @@ def _memory_chunk(shape: _Shape, chunk: _Chunk) -> Work:
     size, causal = chunk.size, shape.causal
     if shape.is_fused:
         work = _fused_chunk(shape, size, causal=causal, writes=chunk.left > 0)
-        read = Work() if causal else _both(2 * size * shape.matrix)
-        return read + _fused_terms(shape, size, causal=causal) + (work if causal or chunk.left else work._replace(backward=0.0))
+        read = Work() if causal else Work(2 * size * shape.matrix, 5 * size * shape.matrix)
+        return read + _fused_terms(shape, size, causal=causal) + (work if causal or chunk.left else Work())
     total = _decay(shape, size, reads=causal) + _terms(shape, size, shape.width, layer=0, reads=causal)
     signals = _surprise(shape, size)
     if shape.rule.memory == "mlp":
@@ -151,18 +158,27 @@ def _readout(shape: _Shape, size: int) -> Work:
     """What `fused.readout` adds to the readout itself: the second matrix meets the readout vector and no token."""
     vector = 2.0 * shape.width * shape.hidden
     forward = size * shape.matrix + 2.0 * size * shape.hidden + vector
-    return Work(forward, 2 * size * shape.matrix + 2.0 * size * (shape.hidden - shape.width) + 2 * vector)
+    return Work(forward, 2 * size * shape.matrix + 2.0 * size * shape.hidden + 2 * vector)
 
 
 def _fused_terms(shape: _Shape, size: int, *, causal: bool) -> Work:
     """`fused.terms` of one chunk. Backward computes the Gram matrix and the scores again instead of keeping them."""
     erase = shape.rule.erases(0)
     gram, square = 2.0 * size * size * shape.width, 2.0 * size**3
-    solve = float(size**2 * shape.width)
     if not causal:
-        return Work(gram, 4 * gram, 2 * solve) if erase else Work()
+        return Work(2 * gram, 5 * gram, float(size**3)) if erase else Work()
     scores = Work(gram, 3 * gram)
     return scores + Work(2 * gram + square, 5 * gram + 2 * square, float(size**3)) if erase else scores
+
+
+def _fused_written(shape: _Shape, size: int) -> Work:
+    """`fused.written_forward` and its backward of one chunk."""
+    count, width = fused.tiles(size, shape.width), shape.width
+    if count == 1 or not shape.rule.erases(0):
+        return _fused_terms(shape, size, causal=False)
+    tile, step = 2.0 * (size // count) * width**2, 2.0 * width**3
+    across = Work(2 * count * tile + (count - 1) * step, (4 * count - 2) * tile + (2 * count - 3) * step)
+    return across + _fused_terms(shape, size // count, causal=False).times(count)
 
 
 def _fused_chunk(shape: _Shape, size: int, *, causal: bool, writes: bool) -> Work:

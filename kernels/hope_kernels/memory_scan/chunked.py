@@ -1,27 +1,27 @@
 """The memory scan in chunks, plain torch: the fast path on a CPU and the fallback everywhere (SPEC 2.1).
 
-Chunks are taken in segments of `save_every` tokens. Within a segment everything that depends on the keys only (Gram matrices, decays,
-triangular inverses) is computed for all its chunks in one batched call; the loop over chunks is left with thin products. Between
-segments only the state is kept; backward replays a segment from it.
-Legend: B batch, H heads, T tokens, N chunks, C chunk length, K head width, F hidden width; leading dimensions in the loop are B, H.
+Everything that depends on the keys only (Gram matrices, decays, triangular inverses) is computed for many chunks in one batched call; the
+loop over chunks is left with thin products. A rule that `fused` supports runs as one autograd function with its backward pass by hand: up
+to `save_every` tokens it keeps what a chunk left behind, of a longer sequence the state at every chunk's start, from which backward
+computes the rest again. Any other rule is differentiated by autograd, in segments of `save_every` tokens that backward replays.
+Legend: B batch, H heads, L = B * H, T tokens, N chunks, C chunk length, K head width, F hidden width, G chunks whose terms come together.
 """
+
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from hope_kernels import fused
 from hope_kernels.chunk import ChunkTerms, Decay, chunk_terms, decay, end_weight, read_inside
 from hope_kernels.memory import read_memory, surprise
-from hope_kernels.replay import replay
+from hope_kernels.replay import Tensors, in_segments, take
 from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
 
-
-def segments(num_tokens: int, chunk: int, save_every: int) -> list[tuple[int, int, int]]:
-    """Cut a sequence into (first token, end token, chunk length): runs of whole chunks, then a shorter last chunk if there is one."""
-    whole = num_tokens - num_tokens % chunk
-    step = chunk * max(1, save_every // chunk)
-    cuts = [(first, min(first + step, whole), chunk) for first in range(0, whole, step)]
-    return cuts + ([(whole, num_tokens, num_tokens - whole)] if whole < num_tokens else [])
+TERMS_TOKENS = 512
+"""Tokens whose terms are computed together: few calls, and what they work on stays in the cache."""
 
 
 def memory_scan(
@@ -38,38 +38,29 @@ def memory_scan(
     keep_state: bool,
 ) -> tuple[torch.Tensor, MemoryState | None]:
     """See `hope_kernels.memory_scan.memory_scan`."""
-    is_fused = fused.supports(rule)
-    segment = _fused_segment if is_fused else _segment
-    cuts = segments(qkv[0].shape[2], chunk, save_every)
-    split = [t.split([end - first for first, end, _ in cuts], 2) for t in (*qkv, *gates)]
-    recompute = torch.is_grad_enabled() and len(cuts) > 1
-    outputs: list[torch.Tensor] = []
-    for inputs, (first, end, size) in zip(zip(*split, strict=True), cuts, strict=True):
-        part = masks.window(slice(first // chunk, -(-end // chunk)))
-        writes_last = keep_state or end < cuts[-1][1]
-        start_tensors = () if part.reset_BN is None else start.tensors()
-
-        def run(*tensors, form=state, size=size, part=part, writes_last=writes_last):
-            return segment(tensors, form, rule=rule, size=size, masks=part, read=read, writes_last=writes_last)
-
-        arguments = (*inputs, *state.tensors(), *start_tensors)
-        results = replay(run, *arguments) if recompute else run(*arguments)
-        count = len(state.tensors())
-        outputs.extend(results[:-count])
-        state = state.like(tuple(results[-count:]))
-    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], state if keep_state else None
+    tokens, shared = (*qkv, *gates), () if masks.reset_BN is None else start.tensors()
+    num_tokens = qkv[0].shape[2]
+    recompute = torch.is_grad_enabled() and not fused.supports(rule)
+    if fused.supports(rule):
+        segment = partial(_fused_segment, rule=rule, read=read, keep=num_tokens <= save_every)
+        save_every = num_tokens
+    else:
+        segment = partial(_segment, rule=rule, read=read)
+    (y,), end = in_segments(
+        segment, tokens, state.tensors(), shared,
+        chunk=chunk, save_every=save_every, masks=masks, keep_state=keep_state, recompute=recompute,
+    )  # fmt: skip
+    return y, state.like(end) if keep_state else None
 
 
 def _segment(
-    tensors: tuple[torch.Tensor, ...], form: MemoryState, *, rule: MemoryRule, size: int, masks: ChunkMasks, read: str, writes_last: bool
-) -> tuple[torch.Tensor, ...]:
-    """One segment of whole chunks of length `size`, any rule: (y [B, H, T, K], *state tensors)."""
-    num_gates = 3 if rule.momentum else 2
-    cut = [t.unflatten(2, (-1, size)) for t in tensors[: 3 + num_gates]]
+    tokens: Tensors, carried: Tensors, shared: Tensors, *, size: int, masks: ChunkMasks, writes_last: bool, rule: MemoryRule, read: str
+) -> tuple[Tensors, Tensors]:
+    """One segment, any rule: ((y [B, H, T, K],), state tensors). See `replay.Segment`."""
+    cut = [t.unflatten(2, (-1, size)) for t in tokens]
     q, k, v = cut[:3]
-    count = len(form.tensors())
-    state = form.like(tensors[3 + num_gates : 3 + num_gates + count])
-    start = form.like(tensors[3 + num_gates + count :]) if masks.reset_BN is not None else None
+    form = MemoryState(carried[: rule.num_layers], carried[rule.num_layers :])
+    state, start = form, form.like(shared) if shared else None
     decays = decay(cut[3], cut[4], cut[5] if rule.momentum else None, reads=read == "causal")
     terms = chunk_terms(k, decays, erase=rule.erases(0), queries=q if read == "causal" else None)
     outputs = []
@@ -80,30 +71,149 @@ def _segment(
         y, after = chunk_step(state, q_c, k_c, v_c, terms_c, rule=rule, read=read)
         state = after if masks.commit_BN is None else state.where(masks.commit_BN[:, index], after)
         outputs.append(y)
-    return torch.stack(outputs, 2).flatten(2, 3), *state.tensors()
+    return (torch.stack(outputs, 2).flatten(2, 3),), state.tensors()
 
 
 def _fused_segment(
-    tensors: tuple[torch.Tensor, ...], form: MemoryState, *, rule: MemoryRule, size: int, masks: ChunkMasks, read: str, writes_last: bool
-) -> tuple[torch.Tensor, ...]:
-    """The same for a rule that `fused` supports, heads folded into the batch: (y [B, H, C, K] of every chunk, *state tensors)."""
-    batch, heads = tensors[0].shape[:2]
-    # chunk-major: every chunk is contiguous, and so are all chunks of the segment together
-    q, k, v, eta, log_alpha = (t.flatten(0, 1).unflatten(1, (-1, size)).transpose(0, 1).contiguous() for t in tensors[:5])
-    weights, start = tuple(t.flatten(0, 1) for t in tensors[5:7]), tuple(t.flatten(0, 1) for t in tensors[7:])
-    masks = masks.repeat(heads)
-    terms = fused.terms(k, q if read == "causal" else None, eta, log_alpha, erase=rule.erases(0))
-    outputs = []
-    each = zip(q.unbind(0), k.unbind(0), v.unbind(0), _columns(list(terms), len(k), 0), strict=True)
-    for index, (q_c, k_c, v_c, terms_c) in enumerate(each):
-        if start:
-            weights = fused.choose(masks.reset_BN[:, index], start, weights)
-        writes = writes_last or index + 1 < len(k)
-        causal = q_c if read == "causal" else None
-        y, after = fused.chunk(k_c, v_c, weights, fused.ChunkDecays(*terms_c), rule=rule, queries=causal, writes=writes)
-        outputs.append(fused.read(q_c, *weights) if y is None else y)
-        weights = after if masks.commit_BN is None else fused.choose(masks.commit_BN[:, index], after, weights)
-    return tuple(t.unflatten(0, (batch, heads)) for t in (*outputs, *weights))
+    tokens: Tensors,
+    carried: Tensors,
+    shared: Tensors,
+    *,
+    size: int,
+    masks: ChunkMasks,
+    writes_last: bool,
+    rule: MemoryRule,
+    read: str,
+    keep: bool,
+) -> tuple[Tensors, Tensors]:
+    """The same for a rule that `fused` supports, heads folded into the batch."""
+    batch, heads = tokens[0].shape[:2]
+    plan = _Plan(rule, size, read == "causal", masks.repeat(heads), writes_last, keep)
+    y, *ends = _Scan.apply(plan, *(t.flatten(0, 1) for t in (*tokens, *carried, *shared)))
+    return (y.unflatten(0, (batch, heads)),), tuple(t.unflatten(0, (batch, heads)) for t in ends) if writes_last else carried
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What `_Scan` does: rule, chunk length, causal or anchor read, masks [L, N], whether the last chunk writes and all is kept."""
+
+    rule: MemoryRule
+    size: int
+    causal: bool
+    masks: ChunkMasks
+    writes_last: bool
+    keep: bool
+
+    def blocks(self, length: int) -> list[tuple[int, range]]:
+        """(first token, chunks) of every run of chunks whose terms come together."""
+        step, count = max(1, TERMS_TOKENS // self.size), length // self.size
+        return [(first * self.size, range(first, min(first + step, count))) for first in range(0, count, step)]
+
+    def cut(self, tensors: Tensors, first: int, chunks: range) -> list[torch.Tensor]:
+        """The chunks of a block, [G, L, C, ...], from tensors [L, T, ...]."""
+        window = slice(first, first + len(chunks) * self.size)
+        return [t[:, window].unflatten(1, (-1, self.size)).transpose(0, 1).contiguous() for t in tensors]
+
+    def terms(self, tokens: list[torch.Tensor]) -> tuple[fused.ChunkDecays, torch.Tensor | None]:
+        """`fused.terms_forward` of the q, k, v, eta and log_alpha of a block."""
+        q, k, _, eta, log_alpha = tokens
+        return fused.terms_forward(k, q if self.causal else None, eta, log_alpha, erase=self.rule.erases(0))
+
+    def chunk(self, tokens: list[torch.Tensor], place: int, weights: fused.Weights, decays: fused.ChunkDecays, *, writes: bool):
+        """(y, the weights after it or None, signals or None) of one chunk of a block."""
+        q, k, v = (t[place] for t in tokens[:3])
+        out = after = signals = None
+        if self.causal or writes:
+            queries = q if self.causal else None
+            out, after, signals = fused.chunk_forward(k, v, queries, weights, fused.at(decays, place), rule=self.rule, writes=writes)
+        return out if self.causal else fused.read(q, weights), after, signals
+
+    def chunk_backward(self, d_y, d_ends, tokens, place, weights, decays, signals):
+        """((d_q, d_k, d_v), gradients of the weights and of the decays) of one chunk; d_ends None where it did not write."""
+        q, k, v = (t[place] for t in tokens[:3])
+        if self.causal or d_ends is not None:
+            d_out, queries = (d_y, q) if self.causal else (None, None)
+            (d_k, d_v, d_q), d_weights, d_decays = fused.chunk_backward(
+                d_out, d_ends, k, v, queries, weights, fused.at(decays, place), signals, rule=self.rule
+            )
+        else:
+            d_k, d_v, d_decays = torch.zeros_like(k), torch.zeros_like(v), fused.ChunkDecays(*[None] * len(decays))
+            d_weights = torch.zeros_like(weights[0]), torch.zeros_like(weights[1])
+        if not self.causal:
+            d_q, read = fused.read_backward(d_y, q, weights)
+            d_weights = fused.plus(d_weights, read)
+        return (d_q, d_k, d_v), d_weights, d_decays
+
+
+class _Scan(torch.autograd.Function):
+    """(y, W2, W1) after q, k, v [L, T, K], eta and log_alpha [L, T], from weights W2, W1 and, where rows are reset, their start."""
+
+    @staticmethod
+    def forward(ctx, plan, q, k, v, eta, log_alpha, w2, w1, *start):
+        y, length = torch.empty(k.shape, dtype=k.dtype, device=k.device), k.shape[1]
+        weights: fused.Weights = (w2, w1)
+        kept: list[torch.Tensor | None] = []
+        for first, chunks in plan.blocks(length):
+            tokens = plan.cut((q, k, v, eta, log_alpha), first, chunks)
+            decays, inverse = plan.terms(tokens)
+            for place, index in enumerate(chunks):
+                if start:
+                    weights = fused.choose(plan.masks.reset_BN[:, index], start, weights)
+                writes = plan.writes_last or index + 1 < length // plan.size
+                out, after, signals = plan.chunk(tokens, place, weights, decays, writes=writes)
+                y[:, index * plan.size : (index + 1) * plan.size] = out
+                kept.extend((*weights, *(signals or fused.NO_SIGNALS)) if plan.keep else weights)
+                if writes:
+                    weights = after if plan.masks.commit_BN is None else fused.choose(plan.masks.commit_BN[:, index], after, weights)
+            kept.extend((*decays, inverse) if plan.keep else ())
+        ctx.plan, ctx.has_start = plan, bool(start)
+        ctx.save_for_backward(q, k, v, eta, log_alpha, *kept)
+        return y, *(weights if plan.writes_last else ())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y, *d_weights):
+        plan, saved, length = ctx.plan, ctx.saved_tensors, d_y.shape[1]
+        inputs, kept = saved[:5], list(saved[5:])
+        grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs]
+        d_weights = tuple(t.clone() for t in d_weights) or None
+        d_start = tuple(torch.zeros_like(t) for t in saved[5:7]) if ctx.has_start else ()
+        for first, chunks in reversed(plan.blocks(length)):
+            tokens, (d_out,) = plan.cut(inputs, first, chunks), plan.cut((d_y,), first, chunks)
+            if plan.keep:
+                *columns, inverse = take(kept, 8)
+                decays = fused.ChunkDecays(*columns)
+            else:
+                decays, inverse = plan.terms(tokens)
+            found, d_decays = [], []
+            for place, index in reversed(list(enumerate(chunks))):
+                signals = fused.Signals(*take(kept, len(fused.Signals._fields))) if plan.keep else None
+                weights = tuple(take(kept, 2))
+                if signals is None and (plan.causal or d_weights is not None):
+                    q_c, k_c, v_c = (t[place] for t in tokens[:3])
+                    queries, at = q_c if plan.causal else None, fused.at(decays, place)
+                    _, _, signals = fused.chunk_forward(k_c, v_c, queries, weights, at, rule=plan.rule, writes=False)
+                d_same = None
+                if plan.masks.commit_BN is not None and d_weights is not None:
+                    rows = plan.masks.commit_BN[:, index]
+                    d_same, d_weights = fused.only(~rows, d_weights), fused.only(rows, d_weights)
+                of_tokens, d_weights, of_decays = plan.chunk_backward(d_out[place], d_weights, tokens, place, weights, decays, signals)
+                if d_same is not None:
+                    d_weights = fused.plus(d_weights, d_same)
+                if ctx.has_start:
+                    rows = plan.masks.reset_BN[:, index]
+                    d_start, d_weights = fused.plus(d_start, fused.only(rows, d_weights)), fused.only(~rows, d_weights)
+                found.append(of_tokens)
+                d_decays.append(of_decays)
+            d_q, d_k, d_v = (torch.stack(parts[::-1]) for parts in zip(*found, strict=True))
+            flow, queries = fused.joined(d_decays[::-1], decays), tokens[0] if plan.causal else None
+            _, k_b, _, eta_b, log_alpha_b = tokens
+            more_k, more_q, *d_gates = fused.terms_backward(flow, k_b, queries, eta_b, log_alpha_b, inverse, decays.y, decays.m)
+            d_q = d_q if more_q is None else d_q.add_(more_q)
+            window = slice(first, first + len(chunks) * plan.size)
+            for grad, part in zip(grads, (d_q, d_k.add_(more_k), d_v, *d_gates), strict=True):
+                grad[:, window].unflatten(1, (-1, plan.size)).copy_(part.transpose(0, 1))
+        return None, *grads, *d_weights, *d_start
 
 
 def _unbind(terms: ChunkTerms) -> list[ChunkTerms]:

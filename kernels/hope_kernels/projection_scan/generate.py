@@ -89,5 +89,23 @@ def gates(rate: torch.Tensor, forget: torch.Tensor, readout: Readout, *, live: t
     return (eta, log_alpha) if live is None else (eta * live, log_alpha * live)
 
 
+def gates_backward(
+    d_eta: torch.Tensor,
+    d_log_alpha: torch.Tensor,
+    rate: torch.Tensor,
+    forget: torch.Tensor,
+    readout: Readout,
+    *,
+    live: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of both logits, and so of both biases, from those of the results of `gates`, [B, H, T]."""
+    if live is not None:
+        d_eta, d_log_alpha = d_eta * live, d_log_alpha * live
+    open_eta, forget = torch.sigmoid(rate + readout.bias_eta.unsqueeze(-1)), forget + readout.bias_alpha.unsqueeze(-1)
+    d_rate = (1 - open_eta).mul_(open_eta).mul_(d_eta).mul_(readout.eta_max if readout.writes else 0)
+    within = (F.softplus(forget) <= MAX_FORGET) & (readout.writes and readout.retention)
+    return d_rate, torch.sigmoid(forget).mul_(d_log_alpha).mul_(within).neg_()
+
+
 SOURCE = {"k": "k", "eta": "k", "alpha": "k", "v": "v", "q": "q"}
 """Static stream that each generated stream is read from."""

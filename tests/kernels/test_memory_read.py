@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from hope_kernels.chunk_terms.triton_ import Terms
 from hope_kernels.memory import read_memory
-from hope_kernels.memory_read.triton_ import read_backward, read_forward
+from hope_kernels.memory_read.triton_ import Momentum, read_backward, read_forward
 from hope_kernels.memory_write.triton_ import Signals, States
 from hope_kernels.rule import MemoryRule
 from hope_kernels.tiling import Tiling
@@ -41,20 +41,31 @@ class Case:
         return Tiling(tokens=self.tokens, chunk=self.tiling[0], tile=self.tiling[1])
 
 
+MATRICES = ("w2", "w1", "s2", "s1")
+SQUARES = ("m", "n", "m_delta")
+
+
 def leaves_of(case: Case) -> dict[str, torch.Tensor]:
     """Everything a read sees, float64: what a kernel takes in the operand dtype is rounded to it."""
     generator = torch.Generator().manual_seed(0)
     rows, tile, slots = (case.rows, case.tokens), case.tiling[1], (case.rows, case.tiles.num_tiles + 1)
     inner = case.hidden if case.rule.memory == "mlp" else case.width
-    operands = {"q": (*rows, case.width), "residual": (*rows, inner), "m": (*rows, tile)}
+    operands = {"q": (*rows, case.width), "residual": (*rows, inner), "m": (*rows, tile), "n": (*rows, tile)}
     matrices = {"w2": (*slots, inner, case.width)}
     if case.rule.memory == "mlp":
-        operands |= {"error": (*rows, case.width), "hidden": (*rows, inner), "n": (*rows, tile)}
+        operands |= {"error": (*rows, case.width), "hidden": (*rows, inner)}
         matrices |= {"w1": (*slots, case.width, inner)}
+    if case.rule.momentum:
+        operands |= {"delta": (*rows, inner), "m_delta": (*rows, tile)}
+        matrices |= {name.replace("w", "s"): shape for name, shape in matrices.items()}
+    if case.rule.momentum and not case.rule.erases(0):
+        del operands["residual"], operands["m"]
     random = lambda shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     leaves = {name: random(shape).to(case.dtype).double() for name, shape in operands.items()}
     leaves |= {name: (0.4 * random(shape)).to(case.dtype).double() for name, shape in matrices.items()} | {"g": random(rows).sigmoid()}
-    for name in ("m", "n"):
+    if case.rule.momentum:
+        leaves["kappa"] = random(rows).sigmoid()
+    for name in SQUARES:
         if name in leaves:
             leaves[name] = squares(leaves[name], case.tiles)
     return leaves
@@ -75,20 +86,26 @@ def squares(t: torch.Tensor, tiling: Tiling) -> torch.Tensor:
 def twin(leaves: dict[str, torch.Tensor], case: Case) -> torch.Tensor:
     outputs = []
     for index, (anchor, first, end) in enumerate(spans(case.tiles)):
-        part = {name: leaves[name][:, first:end] for name in leaves if name not in ("w2", "w1", "m", "n")}
-        part |= {name: leaves[name][:, first:end, : end - first] for name in ("m", "n") if name in leaves}
+        part = {name: t[:, first:end] for name, t in leaves.items() if name not in MATRICES}
+        part |= {name: t[..., : end - first] for name, t in part.items() if name in SQUARES}
         slot = anchor if case.read == "anchor" else index
-        weights = tuple(leaves[name][:, slot] for name in ("w2", "w1") if name in leaves)
+        w2, w1, s2, s1 = (leaves[name][:, slot] if name in leaves else None for name in MATRICES)
+        q = part["q"]
         if case.read == "anchor":
-            outputs.append(read_memory(weights, part["q"]))
+            outputs.append(read_memory((w2,) if w1 is None else (w2, w1), q))
             continue
         g = part["g"].unsqueeze(-1)
-        z = g * (part["q"] @ weights[0].mT) - part["m"] @ part["residual"]
-        if case.rule.memory == "linear":
+        z = g * (q @ w2.mT)
+        if "m" in part:
+            z = z - part["m"] @ part["residual"]
+        if s2 is not None:
+            z = z + part["kappa"].unsqueeze(-1) * (q @ s2.mT) - part["m_delta"] @ part["delta"]
+        if w1 is None:
             outputs.append(z)
             continue
         h = F.silu(z)
-        outputs.append(part["q"] + g * (h @ weights[1].mT) - (part["n"] * (h @ part["hidden"].mT)) @ part["error"])
+        y = q + g * (h @ w1.mT) - (part["n"] * (h @ part["hidden"].mT)) @ part["error"]
+        outputs.append(y if s1 is None else y + part["kappa"].unsqueeze(-1) * (h @ s1.mT))
     return torch.cat(outputs, 1)
 
 
@@ -97,7 +114,7 @@ def by_torch(case: Case) -> dict[str, torch.Tensor]:
     y = twin(leaves, case)
     found = torch.autograd.grad(y, list(leaves.values()), upstream(case), allow_unused=True)
     gradients = {f"d_{name}": g for name, g in zip(leaves, found, strict=True) if g is not None}
-    return {"y": y.detach()} | {name: squares(g, case.tiles) if name in ("d_m", "d_n") else g for name, g in gradients.items()}
+    return {"y": y.detach()} | {name: squares(g, case.tiles) if name.removeprefix("d_") in SQUARES else g for name, g in gradients.items()}
 
 
 def upstream(case: Case) -> torch.Tensor:
@@ -111,17 +128,24 @@ def by_kernel(case: Case, device: torch.device) -> dict[str, torch.Tensor]:
     states = States(tuple(operand(name) for name in ("w2", "w1") if name in leaves), ())
     signals = Signals(operand("residual"), operand("error"), operand("hidden"))
     terms = Terms(leaves["g"].to(device, torch.float32), None, None, None, None, operand("m"), operand("n"))
-    settings = {"rule": case.rule, "tiling": case.tiles, "tiles": range(case.tiles.num_tiles), "read": case.read}
+    momentum = None
+    if case.rule.momentum:
+        slots = tuple(operand(name) for name in ("s2", "s1") if name in leaves)
+        momentum = Momentum(slots, operand("delta"), leaves["kappa"].to(device, torch.float32), operand("m_delta"))
+    settings = {"rule": case.rule, "tiling": case.tiles, "tiles": range(case.tiles.num_tiles), "read": case.read, "momentum": momentum}
     y = read_forward(operand("q"), states, signals, terms, **settings)
     got = read_backward(upstream(case).to(device, case.dtype), operand("q"), states, signals, terms, **settings)
     found = {"q": got.q, "residual": got.residual, "error": got.error, "hidden": got.hidden}
     found |= dict(zip(("w2", "w1"), got.weights)) | got.terms._asdict()
+    if got.momentum is not None:
+        slots, *rest = got.momentum
+        found |= dict(zip(("s2", "s1"), slots)) | dict(zip(("delta", "kappa", "m_delta"), rest))
     anchors = [anchor if case.read == "anchor" else index for index, (anchor, *_) in enumerate(spans(case.tiles))]
-    for name in ("w2", "w1"):
+    for name in MATRICES:
         if name in found:  # every tile's share, added to the slot it was read from
             slots = torch.zeros(leaves[name].shape, device=device)
             found[name] = slots.index_add(1, torch.tensor(anchors, device=device), found[name])
-    for name in ("m", "n"):
+    for name in SQUARES:
         if found.get(name) is not None:
             assert found[name].isfinite().all()
             found[name] = squares(found[name], case.tiles)
@@ -155,6 +179,13 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(shape, memory, read, dtype, device):
     check(replace(SHAPES[shape], rule=MemoryRule(memory=memory), read=read, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("update", ["dgd", "gd"])
+@pytest.mark.parametrize("memory", ["mlp", "linear"])
+def test_momentum(memory, update, dtype, device):
+    check(Case(rule=MemoryRule(memory=memory, update=update, momentum=True), tokens=29, dtype=dtype), device)
 
 
 def test_a_run_of_tiles_fills_its_tokens_and_no_other(device):

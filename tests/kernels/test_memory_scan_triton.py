@@ -14,6 +14,9 @@ from hope_pt.testing.scans import Size, memory_leaves, mismatches, random_masks,
 
 FP32 = 1e-5
 BF16 = 5e-3
+BF16_STATE = 1e-2
+"""States are fp32, but a chunk's error signals are taken at its anchor rounded to bf16: that rounding alone, all else exact, moves the end
+states of these short sequences by 3e-3 to 5e-3 of their norm, all roundings by 6e-3."""
 BF16_GRADIENT = 1.5e-2
 OPERANDS = ("q", "k", "v")
 
@@ -23,20 +26,21 @@ class Case:
     """One scan; the defaults have padded widths, a partial last chunk, two segments and eta up to 1."""
 
     rule: MemoryRule = MemoryRule()
-    size: Size = Size(batch=1, heads=2, tokens=37, width=12, hidden=20)
+    size: Size = Size(batch=1, heads=1, tokens=27, width=12, hidden=20)
     chunk: int = 16
     read: str = "causal"
     keys: str = "random"
     retention: str = "mixed"
+    eta_max: float = 1.0
     masked: bool = False
-    save_every: int = 32
+    save_every: int = 16
 
     @property
     def masks(self) -> ChunkMasks:
         return random_masks(self.size, self.chunk) if self.masked else ChunkMasks()
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        return memory_leaves(self.rule, size=self.size, keys=self.keys, retention=self.retention, eta_max=1.0)
+        return memory_leaves(self.rule, size=self.size, keys=self.keys, retention=self.retention, eta_max=self.eta_max)
 
 
 def on_device(leaves: dict[str, torch.Tensor], operands: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
@@ -59,24 +63,24 @@ def check(case: Case, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def compare(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    value, gradient = (FP32, FP32) if dtype == torch.float32 else (BF16, BF16_GRADIENT)
-    is_value = lambda name: name == "y" or name.startswith("end")  # noqa: E731
-    for kind, tolerance in ((True, value), (False, gradient)):
-        first, second = ({n: t for n, t in found.items() if is_value(n) == kind} for found in (got, wanted))
-        assert mismatches(first, second, tolerance=tolerance) == {}
+    tolerances = {"y": BF16, "end": BF16_STATE, "d": BF16_GRADIENT}
+    assert got.keys() == wanted.keys()
+    for kind, bf16 in tolerances.items():
+        first, second = ({n: t for n, t in found.items() if n.startswith(kind)} for found in (got, wanted))
+        assert mismatches(first, second, tolerance=FP32 if dtype == torch.float32 else bf16) == {}
 
 
-SHAPE = Size(batch=1, heads=2, tokens=37, width=12, hidden=20)
+SHAPE = Case().size
 CASES = {
-    "random keys": Case(),
+    "random keys, two heads": Case(size=replace(SHAPE, heads=2)),
     "correlated keys, memory lost": Case(keys="correlated", retention="zero"),
     "identical keys, nothing lost": Case(keys="identical", retention="one"),
-    "chunk shorter than a tile": Case(chunk=5, save_every=10),
-    "several tiles a chunk": Case(chunk=40, size=replace(SHAPE, tokens=53), save_every=40),
-    "several tiles a chunk, masked": Case(chunk=20, size=replace(SHAPE, batch=3, heads=1, tokens=53), save_every=20, masked=True),
+    "chunk shorter than a tile": Case(chunk=5, size=replace(SHAPE, tokens=13), save_every=10),
+    "several tiles a chunk": Case(chunk=40, size=replace(SHAPE, tokens=61), save_every=40),
+    "several tiles a chunk, masked": Case(chunk=20, size=replace(SHAPE, batch=2, tokens=43), save_every=20, masked=True),
     "one token": Case(size=Size(batch=1, heads=1, tokens=1, width=16, hidden=16)),
     "less than a tile": Case(size=Size(batch=1, heads=1, tokens=7, width=16, hidden=24)),
-    "masked": Case(size=replace(SHAPE, batch=3, heads=1), masked=True),
+    "masked": Case(size=replace(SHAPE, batch=3), chunk=8, save_every=16, masked=True),
     "anchor": Case(read="anchor"),
     "anchor, several tiles a chunk, masked": Case(
         read="anchor", chunk=24, size=replace(SHAPE, batch=3, heads=1), save_every=24, masked=True
@@ -103,12 +107,13 @@ def test_against_the_recurrence(case, dtype, device):
 @DTYPES
 @pytest.mark.parametrize("rule", RULES)
 def test_rules(rule, dtype, device):
-    check(Case(rule=RULES[rule], chunk=20, masked=True, size=replace(SHAPE, batch=2, heads=1), save_every=20), dtype, device)
+    # unbounded errors of a layer without the erase diverge where the learning rates of a chunk sum up to more than 2
+    check(Case(rule=RULES[rule], chunk=20, save_every=20, eta_max=0.1 if RULES[rule].objective == "l2" else 1.0), dtype, device)
 
 
 @pytest.mark.parametrize("read", ["causal", "anchor"])
 def test_results_depend_neither_on_tiles_nor_on_segments(read, device, monkeypatch):
-    case = Case(chunk=24, size=replace(SHAPE, tokens=61, heads=1), read=read)
+    case = Case(chunk=24, size=replace(SHAPE, tokens=53), read=read)
     leaves = on_device(case.leaves(), torch.float32, device)
     run = lambda save_every: run_memory(leaves, case.rule, chunk=24, read=read, backend="triton", save_every=save_every)  # noqa: E731
     few = run(1000)
@@ -119,13 +124,13 @@ def test_results_depend_neither_on_tiles_nor_on_segments(read, device, monkeypat
 
 
 def test_a_split_run_equals_the_whole(device):
-    case = Case(size=replace(SHAPE, heads=1))
+    case = Case()
     leaves = on_device(case.leaves(), torch.float32, device)
     whole = run_memory(leaves, case.rule, chunk=16, backend="triton")
     leaves = {name: t.requires_grad_() for name, t in leaves.items()}
     state, start = states(leaves, case.rule)
     outputs = []
-    for part in (slice(0, 16), slice(16, 37)):
+    for part in (slice(0, 16), slice(16, 27)):
         streams = [leaves[name][:, :, part] for name in ("q", "k", "v", "eta", "log_alpha")]
         y, state = memory_scan(*streams, state, rule=case.rule, chunk=16, start=start, backend="triton")
         outputs.append(y)
@@ -134,7 +139,7 @@ def test_a_split_run_equals_the_whole(device):
 
 
 def test_an_end_state_that_is_not_kept_changes_nothing_else(device):
-    case = Case(size=replace(SHAPE, heads=1))
+    case = Case()
     leaves = {name: t.requires_grad_() for name, t in on_device(case.leaves(), torch.float32, device).items()}
     state, _ = states(leaves, case.rule)
     runs = []
@@ -148,7 +153,7 @@ def test_an_end_state_that_is_not_kept_changes_nothing_else(device):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_the_operator_is_registered_soundly(masked, device):
-    case = Case(size=Size(batch=1, heads=1, tokens=20, width=16, hidden=16), masked=masked)
+    case = Case(size=Size(batch=1, heads=1, tokens=9, width=16, hidden=16), chunk=8, masked=masked)
     leaves = {name: t.flatten(0, 1) if t.dim() > 3 or name in ("eta", "log_alpha") else t for name, t in case.leaves().items()}
     leaves = {name: t.to(device, torch.float32).requires_grad_() for name, t in leaves.items()}
     streams = [leaves[name] for name in ("q", "k", "v", "eta", "log_alpha")]

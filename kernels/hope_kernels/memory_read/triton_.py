@@ -99,21 +99,28 @@ def _silu_slope(x):
 
 @triton.jit
 def _inner(
-    query, weight, residual, g, m, first, count,
-    OUT: tl.constexpr, BLOCK_OUT: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    query, w2, s2, residual, delta, g, kappa, m, m_delta, slot, first, count,
+    K: tl.constexpr, F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Product z = W_t q_t [OUT, C] of the first layer; `weight` is the state at the tile's start, or the anchor."""
-    z = tl.dot(weight, query, input_precision=PRECISION)
+    """Product z = W_t q_t [F, C] of the first layer; the slot is that of the state at the tile's start, or of the anchor."""
+    z = tl.dot(_load_matrix(w2 + slot * F * K, F, K, BLOCK_F, BLOCK_K), query, input_precision=PRECISION)
     if CAUSAL:
-        written = _load_tokens(residual, first, count, OUT, BLOCK_OUT, TILE)
-        mixing = _load_tokens(m, first, count, TILE, TILE, TILE)
-        z = _load_scalars(g, first, count, TILE)[None, :] * z - tl.dot(written, mixing, input_precision=PRECISION)
+        z = _load_scalars(g, first, count, TILE)[None, :] * z
+        if m is not None:
+            written = _load_tokens(residual, first, count, F, BLOCK_F, TILE)
+            z -= tl.dot(written, _load_tokens(m, first, count, TILE, TILE, TILE), input_precision=PRECISION)
+        if s2 is not None:
+            carried = tl.dot(_load_matrix(s2 + slot * F * K, F, K, BLOCK_F, BLOCK_K), query, input_precision=PRECISION)
+            z += _load_scalars(kappa, first, count, TILE)[None, :] * carried
+            written = _load_tokens(delta, first, count, F, BLOCK_F, TILE)
+            z -= tl.dot(written, _load_tokens(m_delta, first, count, TILE, TILE, TILE), input_precision=PRECISION)
     return z
 
 
 @triton.jit
 def _read_forward(
-    q, w2, w1, residual, error, hidden, g, m, n, out, tokens, first_tile, num_tiles,
+    q, w2, w1, residual, error, hidden, g, m, n, s2, s1, delta, kappa, m_delta, out, tokens, first_tile, num_tiles,
     K: tl.constexpr, F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     PER_CHUNK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -122,8 +129,7 @@ def _read_forward(
     first = row * tokens + start
     slot = row * (num_tiles + 1) + (tile if CAUSAL else anchor)
     query = _load_tokens(q, first, count, K, BLOCK_K, TILE)
-    weight = _load_matrix(w2 + slot * F * K, F, K, BLOCK_F, BLOCK_K)
-    z = _inner(query, weight, residual, g, m, first, count, F, BLOCK_F, TILE, CAUSAL, PRECISION)
+    z = _inner(query, w2, s2, residual, delta, g, kappa, m, m_delta, slot, first, count, K, F, BLOCK_K, BLOCK_F, TILE, CAUSAL, PRECISION)
     if w1 is None:
         _store_tokens(out, z, first, count, K, BLOCK_K, TILE)
     else:
@@ -136,18 +142,45 @@ def _read_forward(
             scores = _load_tokens(n, first, count, TILE, TILE, TILE).to(tl.float32) * scores
             y -= tl.dot(_load_tokens(error, first, count, K, BLOCK_K, TILE), scores.to(query.dtype), input_precision=PRECISION)
             kept = _load_scalars(g, first, count, TILE)[None, :] * h
+            if s1 is not None:
+                carried = (_load_scalars(kappa, first, count, TILE)[None, :] * h).to(query.dtype)
+                y += tl.dot(_load_matrix(s1 + slot * K * F, K, F, BLOCK_K, BLOCK_F), carried, input_precision=PRECISION)
         weight = _load_matrix(w1 + slot * K * F, K, F, BLOCK_K, BLOCK_F)
         y += tl.dot(weight, kept.to(query.dtype), input_precision=PRECISION)
         _store_tokens(out, y, first, count, K, BLOCK_K, TILE)
 
 
 @triton.jit
+def _kept_backward(
+    upstream, h, weights, factor, d_weights, d_factor, slot, into, first, count,
+    K: tl.constexpr, F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Backward of factor_t W h_t, W [K, F] of a slot: stores the gradients of W and of the factor, returns that of h [F, C].
+
+    factor is None for 1.
+    """
+    kept = h
+    if factor is not None:
+        by_token = _load_scalars(factor, first, count, TILE)[None, :]
+        kept = (by_token * h.to(tl.float32)).to(h.dtype)
+    _store_matrix(d_weights + into * K * F, tl.dot(upstream, tl.trans(kept), input_precision=PRECISION), K, F, BLOCK_K, BLOCK_F)
+    weight = _load_matrix(weights + slot * K * F, K, F, BLOCK_K, BLOCK_F)
+    d_h = tl.dot(tl.trans(weight), upstream, input_precision=PRECISION)
+    if factor is not None:
+        token = tl.arange(0, TILE)
+        tl.store(d_factor + first + token, tl.sum(d_h * h.to(tl.float32), 0), mask=token < count)
+        d_h = by_token * d_h
+    return d_h
+
+
+@triton.jit
 def _outer_backward(
-    d_out, q, w2, w1, residual, error, hidden, g, m, n, d_z, d_w1, d_error, d_hidden, d_g, d_n, tokens, first_tile, num_tiles,
+    d_out, q, w2, w1, residual, error, hidden, g, m, n, s2, s1, delta, kappa, m_delta,
+    d_z, d_w1, d_error, d_hidden, d_g, d_n, d_s1, d_kappa, tokens, first_tile, num_tiles,
     K: tl.constexpr, F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     PER_CHUNK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of an MLP memory: from the gradient of the output to that of z = W2_t q_t. d_g gets the second layer's share.
+    """Of an MLP memory: from the gradient of the output to that of z = W2_t q_t. d_g and d_kappa get the second layer's share.
 
     silu'(z) waits in d_z: with it the registers would not hold what comes between.
     """
@@ -157,11 +190,9 @@ def _outer_backward(
     slot, into = row * (num_tiles + 1) + (tile if CAUSAL else anchor), row * num_tiles + tile
     query = _load_tokens(q, first, count, K, BLOCK_K, TILE)
     upstream = _load_tokens(d_out, first, count, K, BLOCK_K, TILE)
-    weight = _load_matrix(w2 + slot * F * K, F, K, BLOCK_F, BLOCK_K)
-    z = _inner(query, weight, residual, g, m, first, count, F, BLOCK_F, TILE, CAUSAL, PRECISION)
+    z = _inner(query, w2, s2, residual, delta, g, kappa, m, m_delta, slot, first, count, K, F, BLOCK_K, BLOCK_F, TILE, CAUSAL, PRECISION)
     h, slope = _silu_slope(z)
     h = h.to(query.dtype)
-    kept = h
     if CAUSAL:
         _store_tokens(d_z, slope, first, count, F, BLOCK_F, TILE)
         seen = _load_tokens(hidden, first, count, F, BLOCK_F, TILE)
@@ -174,16 +205,11 @@ def _outer_backward(
         d_errors = -tl.dot(upstream, tl.trans(mixed), input_precision=PRECISION)
         _store_tokens(d_error, d_errors, first, count, K, BLOCK_K, TILE)
         _store_tokens(d_hidden, tl.dot(h, tl.trans(d_scores), input_precision=PRECISION), first, count, F, BLOCK_F, TILE)
-        decay = _load_scalars(g, first, count, TILE)[None, :]
-        kept = (decay * h.to(tl.float32)).to(query.dtype)
-    d_outer = tl.dot(upstream, tl.trans(kept), input_precision=PRECISION)
-    _store_matrix(d_w1 + into * K * F, d_outer, K, F, BLOCK_K, BLOCK_F)
-    outer = _load_matrix(w1 + slot * K * F, K, F, BLOCK_K, BLOCK_F)
-    d_h = tl.dot(tl.trans(outer), upstream, input_precision=PRECISION)
+    d_h = _kept_backward(upstream, h, w1, g, d_w1, d_g, slot, into, first, count, K, F, BLOCK_K, BLOCK_F, TILE, PRECISION)
     if CAUSAL:
-        token = tl.arange(0, TILE)
-        tl.store(d_g + first + token, tl.sum(d_h * h.to(tl.float32), 0), mask=token < count)
-        d_h = tl.dot(seen, d_scores, decay * d_h, input_precision=PRECISION)
+        if s1 is not None:
+            d_h += _kept_backward(upstream, h, s1, kappa, d_s1, d_kappa, slot, into, first, count, K, F, BLOCK_K, BLOCK_F, TILE, PRECISION)
+        d_h = tl.dot(seen, d_scores, d_h, input_precision=PRECISION)
         tl.debug_barrier()
         slope = _load_tokens(d_z, first, count, F, BLOCK_F, TILE).to(tl.float32)
         tl.debug_barrier()
@@ -192,35 +218,55 @@ def _outer_backward(
 
 @triton.jit
 def _inner_backward(
-    d_z, d_out, q, w2, residual, g, m, d_q, d_w2, d_residual, d_g, d_m, tokens, first_tile, num_tiles,
+    d_z, d_rest, q, weights, written, factor, mixing, d_q, d_weights, d_written, d_factor, d_mixing, tokens, first_tile, num_tiles,
     K: tl.constexpr, F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    PER_CHUNK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    PER_CHUNK: tl.constexpr, CAUSAL: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of z = W2_t q_t on; d_out is None for a linear memory, whose output z is. Adds to what is in d_g otherwise."""
+    """Backward of factor_t W q_t - (mixing written)_t from the gradient of z, for W2 or, in a launch of its own, for S2.
+
+    d_rest [L, T, K] is added to d_q, or None; d_factor is added to what is there where it ADDS. mixing is None for what was not written,
+    factor for 1.
+    """
     row, tile = tl.program_id(0).to(tl.int64), first_tile + tl.program_id(1)
     anchor, start, count = _tile_tokens(tile, tokens, CHUNK, TILE, PER_CHUNK)
     first = row * tokens + start
     slot, into = row * (num_tiles + 1) + (tile if CAUSAL else anchor), row * num_tiles + tile
     query = _load_tokens(q, first, count, K, BLOCK_K, TILE)
-    weight = _load_matrix(w2 + slot * F * K, F, K, BLOCK_F, BLOCK_K)
-    d_pre = _load_tokens(d_z, first, count, F, BLOCK_F, TILE)
-    if CAUSAL:
-        mixing = _load_tokens(m, first, count, TILE, TILE, TILE)
-        _store_tokens(d_residual, -tl.dot(d_pre, tl.trans(mixing), input_precision=PRECISION), first, count, F, BLOCK_F, TILE)
-        written = _load_tokens(residual, first, count, F, BLOCK_F, TILE)
-        _store_tokens(d_m, -tl.dot(tl.trans(written), d_pre, input_precision=PRECISION), first, count, TILE, TILE, TILE)
+    upstream = _load_tokens(d_z, first, count, F, BLOCK_F, TILE)
+    weight = _load_matrix(weights + slot * F * K, F, K, BLOCK_F, BLOCK_K)
+    if mixing is not None:
+        square = _load_tokens(mixing, first, count, TILE, TILE, TILE)
+        _store_tokens(d_written, -tl.dot(upstream, tl.trans(square), input_precision=PRECISION), first, count, F, BLOCK_F, TILE)
+        block = _load_tokens(written, first, count, F, BLOCK_F, TILE)
+        _store_tokens(d_mixing, -tl.dot(tl.trans(block), upstream, input_precision=PRECISION), first, count, TILE, TILE, TILE)
+    if factor is not None:
+        by_token = tl.sum(upstream.to(tl.float32) * tl.dot(weight, query, input_precision=PRECISION), 0)
+        if ADDS:
+            by_token += _load_scalars(d_factor, first, count, TILE)
+            tl.debug_barrier()
         token = tl.arange(0, TILE)
-        d_decay = tl.sum(d_pre.to(tl.float32) * tl.dot(weight, query, input_precision=PRECISION), 0)
-        if d_out is not None:
-            d_decay += _load_scalars(d_g, first, count, TILE)
-        tl.store(d_g + first + token, d_decay, mask=token < count)
-        d_pre = (d_pre.to(tl.float32) * _load_scalars(g, first, count, TILE)[None, :]).to(query.dtype)
-    d_weight = tl.dot(d_pre, tl.trans(query), input_precision=PRECISION)
-    _store_matrix(d_w2 + into * F * K, d_weight, F, K, BLOCK_F, BLOCK_K)
-    d_query = tl.dot(tl.trans(weight), d_pre, input_precision=PRECISION)
-    if d_out is not None:
-        d_query += _load_tokens(d_out, first, count, K, BLOCK_K, TILE).to(tl.float32)
+        tl.store(d_factor + first + token, by_token, mask=token < count)
+        upstream = (upstream.to(tl.float32) * _load_scalars(factor, first, count, TILE)[None, :]).to(query.dtype)
+    d_weight = tl.dot(upstream, tl.trans(query), input_precision=PRECISION)
+    _store_matrix(d_weights + into * F * K, d_weight, F, K, BLOCK_F, BLOCK_K)
+    d_query = tl.dot(tl.trans(weight), upstream, input_precision=PRECISION)
+    if d_rest is not None:
+        d_query += _load_tokens(d_rest, first, count, K, BLOCK_K, TILE).to(tl.float32)
+        tl.debug_barrier()  # d_rest may be d_q
     _store_tokens(d_q, d_query, first, count, K, BLOCK_K, TILE)
+
+
+class Momentum(NamedTuple):
+    """What momentum adds to a causal read: z += kappa (q S2^T) - m_delta delta and y += kappa h S1^T; the residual is without delta then.
+
+    slots: (S2 [L, NT + 1, F, K], S1 [L, NT + 1, K, F]) or (S [L, NT + 1, K, K],); delta [L, T, F]; kappa [L, T] fp32; m_delta [L, T, TILE];
+    the rest in the dtype of q. As gradients all are fp32, slots [L, NT, ...].
+    """
+
+    slots: tuple[torch.Tensor, ...]
+    delta: torch.Tensor
+    kappa: torch.Tensor
+    m_delta: torch.Tensor
 
 
 class ReadGradients(NamedTuple):
@@ -228,6 +274,7 @@ class ReadGradients(NamedTuple):
 
     q [L, T, K]; weights: of the state that each tile was read with, W2 [L, NT, F, K] and W1 [L, NT, K, F] or W alone (with
     read = "anchor" every tile of a chunk has a share in its anchor); residual, hidden [L, T, F]; error [L, T, K]; terms: g, m and n.
+    momentum: None without.
     """
 
     q: torch.Tensor
@@ -236,6 +283,7 @@ class ReadGradients(NamedTuple):
     error: torch.Tensor | None
     hidden: torch.Tensor | None
     terms: Terms
+    momentum: Momentum | None
 
 
 def _settings(q: torch.Tensor, states: States, rule: MemoryRule, tiling: Tiling, read: str, kernel: str) -> dict[str, int | str | bool]:
@@ -251,27 +299,41 @@ def _settings(q: torch.Tensor, states: States, rule: MemoryRule, tiling: Tiling,
     }  # fmt: skip
 
 
-def _operands(states: States, signals: Signals, terms: Terms, read: str) -> tuple[torch.Tensor | None, ...]:
-    """w2, w1, residual, error, hidden, g, m and n as the kernels take them."""
+def _operands(
+    states: States, signals: Signals, terms: Terms, momentum: Momentum | None, read: str
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[torch.Tensor | None, ...]]:
+    """(w2, w1, residual, error, hidden, g, m, n) and (s2, s1, delta, kappa, m_delta) as the kernels take them."""
     weights = (*states.weights, None)[:2]
     if read == "anchor":
-        return (*weights, *[None] * 6)
-    given = (signals.residual, signals.error, signals.hidden, terms.g, terms.m, terms.n)
-    assert all(t is None or t.is_contiguous() for t in given)
-    return (*weights, *given)
+        return (*weights, *[None] * 6), (None,) * 5
+    n = None if len(states.weights) == 1 else terms.n
+    given = (*weights, signals.residual, signals.error, signals.hidden, terms.g, terms.m, n)
+    more = (None,) * 5 if momentum is None else (*(*momentum.slots, None)[:2], *momentum[1:])
+    assert all(t is None or t.is_contiguous() for t in (*given, *more))
+    return given, more
 
 
 def read_forward(
-    q: torch.Tensor, states: States, signals: Signals, terms: Terms, *, rule: MemoryRule, tiling: Tiling, tiles: range, read: str
+    q: torch.Tensor,
+    states: States,
+    signals: Signals,
+    terms: Terms,
+    *,
+    rule: MemoryRule,
+    tiling: Tiling,
+    tiles: range,
+    read: str,
+    momentum: Momentum | None = None,
 ) -> torch.Tensor:
     """Read the memory for the tokens of `tiles`: y [L, T, K], the other tokens uninitialised. q [L, T, K] fp32 or bf16, y like it.
 
     states: weights [L, NT + 1, ...]; signals and terms as `memory_write` and `chunk_terms` leave them, not looked at with read = "anchor".
+    With momentum and no erase, m and residual may be None.
     """
     y = torch.empty_like(q)
     settings = _settings(q, states, rule, tiling, read, "read_forward")
-    operands = _operands(states, signals, terms, read)
-    _read_forward[(q.shape[0], len(tiles))](q, *operands, y, tiling.tokens, tiles.start, tiling.num_tiles, **settings)
+    operands, more = _operands(states, signals, terms, momentum, read)
+    _read_forward[(q.shape[0], len(tiles))](q, *operands, *more, y, tiling.tokens, tiles.start, tiling.num_tiles, **settings)
     return y
 
 
@@ -286,21 +348,31 @@ def read_backward(
     tiling: Tiling,
     tiles: range,
     read: str,
+    momentum: Momentum | None = None,
 ) -> ReadGradients:
     """Gradients for the tokens of `tiles` from that of y, d_y [L, T, K] in the dtype of q; the other arguments as in `read_forward`."""
     assert d_y.is_contiguous() and d_y.shape == q.shape and d_y.dtype == q.dtype
     settings = _settings(q, states, rule, tiling, read, "read_backward")
-    operands = _operands(states, signals, terms, read)
-    room = lambda t: None if t is None else torch.empty_like(t, dtype=torch.float32)  # noqa: E731
-    d_residual, d_error, d_hidden, d_g, d_m, d_n = (room(t) for t in operands[2:])
-    d_weights = tuple(torch.empty(q.shape[0], tiling.num_tiles, *w.shape[2:], dtype=torch.float32, device=w.device) for w in states.weights)
-    d_q, d_z = room(q), d_y
+    operands, more = _operands(states, signals, terms, momentum, read)
+    w2, w1, residual, error, hidden, g, m, n = operands
+    s2, s1, delta, kappa, m_delta = more
+    d_q, d_residual, d_error, d_hidden, d_g, d_m, d_n, d_delta, d_kappa, d_m_delta = (
+        None if t is None else torch.empty_like(t, dtype=torch.float32) for t in (q, *operands[2:], *more[2:])
+    )
+    d_w2, d_w1, d_s2, d_s1 = (
+        None if w is None else torch.empty(q.shape[0], tiling.num_tiles, *w.shape[2:], dtype=torch.float32, device=w.device)
+        for w in (w2, w1, s2, s1)
+    )
+    d_z, d_rest = d_y, None
     grid, run = (q.shape[0], len(tiles)), (tiling.tokens, tiles.start, tiling.num_tiles)
     if rule.memory == "mlp":
-        d_z = torch.empty(*q.shape[:2], states.weights[0].shape[2], dtype=q.dtype, device=q.device)
-        _outer_backward[grid](d_y, q, *operands, d_z, d_weights[1], d_error, d_hidden, d_g, d_n, *run, **settings)
-    w2, _, residual, _, _, g, m, _ = operands
-    d_out = d_y if rule.memory == "mlp" else None
-    _inner_backward[grid](d_z, d_out, q, w2, residual, g, m, d_q, d_weights[0], d_residual, d_g, d_m, *run, **settings)
+        d_z, d_rest = torch.empty(*q.shape[:2], w2.shape[2], dtype=q.dtype, device=q.device), d_y
+        _outer_backward[grid](d_y, q, *operands, *more, d_z, d_w1, d_error, d_hidden, d_g, d_n, d_s1, d_kappa, *run, **settings)
+    settings["ADDS"] = rule.memory == "mlp"
+    _inner_backward[grid](d_z, d_rest, q, w2, residual, g, m, d_q, d_w2, d_residual, d_g, d_m, *run, **settings)
+    if s2 is not None:
+        _inner_backward[grid](d_z, d_q, q, s2, delta, kappa, m_delta, d_q, d_s2, d_delta, d_kappa, d_m_delta, *run, **settings)
     d_terms = Terms(g=d_g, g_prev=None, w=None, g_end=None, y=None, m=d_m, n=d_n)
-    return ReadGradients(d_q, d_weights, d_residual, d_error, d_hidden, d_terms)
+    layers = rule.num_layers
+    d_momentum = None if s2 is None else Momentum((d_s2, d_s1)[:layers], d_delta, d_kappa, d_m_delta)
+    return ReadGradients(d_q, (d_w2, d_w1)[:layers], d_residual, d_error, d_hidden, d_terms, d_momentum)

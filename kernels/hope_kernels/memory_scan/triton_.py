@@ -90,11 +90,14 @@ class Segment:
         """The queries, where they read inside the chunk."""
         return self.q if self.settings.read == "causal" else None
 
-    def replay(self, state: tuple[torch.Tensor, ...]) -> tuple[Terms, torch.Tensor | None, States, Signals]:
-        """(terms, their inverse, states, signals) of the segment, written from `state` on, whose memory is taken over."""
+    def run(self, state: tuple[torch.Tensor, ...], *, backward: bool) -> tuple[Terms, torch.Tensor | None, States, Signals]:
+        """(terms, their inverse, states, signals) of the segment, written from `state` on, whose memory is taken over.
+
+        backward: whether the backward of the writes follows.
+        """
         rule, tiling = self.settings.rule, self.tiling
         terms, inverse = chunk_terms(self.k, self.queries, self.eta, self.log_alpha, tiling=tiling, erase=rule.erases(0))
-        states = States.at(state, tiles=tiling.num_tiles, dtype=self.k.dtype)
+        states = States.at(state, tiles=tiling.num_tiles, dtype=self.k.dtype, backward=backward)
         hidden, width = state[0].shape[1:]
         rows, tokens, _ = self.k.shape
         signals = Signals.empty(rule, rows, tokens, width=width, hidden=hidden, dtype=self.k.dtype, device=self.k.device)
@@ -136,7 +139,7 @@ def scan(
             if index:
                 kept[index - 1].copy_(now)
         segment = Segment.cut(settings, first, streams, (commit, reset), tuple(start))
-        terms, _, states, signals = segment.replay(state)
+        terms, _, states, signals = segment.run(state, backward=False)
         parts.append(read_forward(segment.q, states, signals, terms, **segment.same, read=settings.read))
         state = states.current
     y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -202,7 +205,7 @@ def _segment_backward(
     the start, or (). state: that before the segment, whose memory is taken over.
     """
     settings = segment.settings
-    terms, inverse, states, signals = segment.replay(state)
+    terms, inverse, states, signals = segment.run(state, backward=True)
     reads = read_backward(d_y, segment.q, states, signals, terms, **segment.same, read=settings.read)
     writes = write_backward(
         segment.k, segment.v, terms, states, signals, d_state, **segment.same, read=settings.read,

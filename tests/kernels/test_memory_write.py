@@ -148,18 +148,30 @@ def arguments(leaves: dict[str, torch.Tensor], case: Case, device: torch.device)
 
 
 def written(states: States, signals: Signals) -> dict[str, torch.Tensor]:
-    found = {f"states.{i}": torch.cat([t[:, :-1], c.unsqueeze(1)], 1) for i, (t, c) in enumerate(zip(states.weights, states.current, strict=True))}
+    found = {
+        f"states.{i}": torch.cat([t[:, :-1], c.unsqueeze(1)], 1)
+        for i, (t, c) in enumerate(zip(states.weights, states.current, strict=True))
+    }
     return found | {n: getattr(signals, n) for n in ("residual", "error", "hidden") if getattr(signals, n) is not None}
 
 
 LINEAR = MemoryRule(memory="linear")
 CASES = {
-    "default": Case(),
-    "multi tile": Case(tokens=75, chunk=40),
-    "masked": Case(rows=2, tokens=56, chunk=24, masked=True),
-    "masked, one tile": Case(rows=3, memories=1, tokens=40, masked=True),
-    "linear masked": Case(rule=LINEAR, rows=2, tokens=75, chunk=24, masked=True),
-    "linear": Case(rule=LINEAR),
+    "partial tile": Case(),
+    "one token, one memory": Case(tokens=1, memories=1),
+    "several tiles a chunk": Case(tokens=75, chunk=40),
+    "chunk below a tile": Case(tokens=13, chunk=8, width=16, hidden=16),
+    "masked": Case(rows=3, memories=1, tokens=40, masked=True),
+    "masked, several tiles a chunk": Case(rows=2, tokens=56, chunk=24, masked=True),
+    "correlated keys, alpha near 0": Case(keys="correlated", retention="zero", width=24),
+    "identical keys, alpha 1": Case(keys="identical", retention="one", width=24),
+    "l2, unit targets": Case(rule=MemoryRule(objective="l2", normalize_v=True), tokens=16),
+    "given targets of unit length": Case(rule=MemoryRule(self_target=False, normalize_v=True)),
+    "gd, given targets, several tiles a chunk": Case(rule=MemoryRule(update="gd", self_target=False), tokens=40, chunk=32),
+    "linear": Case(rule=LINEAR, width=20),
+    "linear, masked, several tiles a chunk": Case(rule=LINEAR, rows=2, tokens=75, chunk=24, masked=True),
+    "linear gd, given unit targets": Case(rule=MemoryRule(memory="linear", update="gd", self_target=False, normalize_v=True)),
+    "linear l2, unit targets": Case(rule=MemoryRule(memory="linear", objective="l2", normalize_v=True), tokens=16),
 }
 
 
@@ -224,3 +236,24 @@ def test_backward(case, dtype, device):
     leaves = leaves_of(case)
     given, wanted = autograd(leaves, case, read)
     assert not mismatches(kernels(leaves, case, given, read, device), wanted, tolerance=FP32 if dtype == torch.float32 else BF16_GRADIENT)
+
+
+def test_windows_of_tiles_continue_each_other(device):
+    case = Case(tokens=75, chunk=24)
+    leaves = leaves_of(case)
+    whole, keywords = arguments(leaves, case, device)
+    write_forward(*whole, **keywords)
+    parts, _ = arguments(leaves, case, device)
+    for tiles in (range(0, 4), range(4, case.tiling.num_tiles)):
+        write_forward(*parts, **keywords | {"tiles": tiles})
+    assert not mismatches(written(*parts[3:]), written(*whole[3:]), tolerance=0.0)
+
+
+def test_tiles_of_a_chunk_write_what_the_chunk_writes(device):
+    one, many = Case(tokens=32, chunk=32, tile=32), Case(tokens=32, chunk=32, tile=16)
+    ends = []
+    for case in (one, many):
+        positional, keywords = arguments(leaves_of(case), case, device)
+        write_forward(*positional, **keywords)
+        ends.append({f"end.{i}": t for i, t in enumerate(positional[3].current)})
+    assert not mismatches(ends[1], ends[0], tolerance=FP32)

@@ -249,7 +249,7 @@ def _silu(x):
 
 @triton.jit
 def _bounded(x, inverse_square, HUBER: tl.constexpr):
-    """x / sqrt(1 + |x|^2 / d^2) of every token [C, I] and the factor [C]; inverse_square = 1 / d^2."""
+    """X / sqrt(1 + |x|^2 / d^2) of every token [C, I] and the factor [C]; inverse_square = 1 / d^2."""
     if HUBER:
         scale = tl.rsqrt(1 + tl.sum(x * x, 1) * inverse_square)
         return x * scale[:, None], scale
@@ -525,8 +525,12 @@ def _mlp_backward(
         read2, read1 = None, None
         if read2_ptr is not None:
             read2, read1 = read2_ptr + reads, read1_ptr + reads
-        d_g_end = _enter_tile(grad2_ptr, low2_ptr, anchor2_ptr, read2, slot2, rest2, live, keep, is_last, SIZE, PER_CHUNK, READS_ANCHOR, FLAT)
-        d_g_end += _enter_tile(grad1_ptr, low1_ptr, anchor1_ptr, read1, slot1, rest1, live, keep, is_last, SIZE, PER_CHUNK, READS_ANCHOR, FLAT)
+        d_g_end = _enter_tile(
+            grad2_ptr, low2_ptr, anchor2_ptr, read2, slot2, rest2, live, keep, is_last, SIZE, PER_CHUNK, READS_ANCHOR, FLAT
+        )
+        d_g_end += _enter_tile(
+            grad1_ptr, low1_ptr, anchor1_ptr, read1, slot1, rest1, live, keep, is_last, SIZE, PER_CHUNK, READS_ANCHOR, FLAT
+        )
         tl.store(d_g_end_ptr + memory * num_tiles + i, d_g_end)
         tl.debug_barrier()
         # W2' = g_end W2 - residual^T y
@@ -537,6 +541,12 @@ def _mlp_backward(
         d_residual = _load_gradient(in_residual_ptr, there, rows, F, BF, TILE)
         d_residual -= tl.dot(y, tl.trans(low2), input_precision=PRECISION)
         _store_tokens(part_ptr, d_residual, 0, rows, F, BF, TILE)
+        if ERASE and PER_CHUNK > 1:
+            k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+            passed = tl.dot(k, tl.trans(_load_matrix(slot2, F, K, BF, BK)), input_precision=PRECISION)
+            _store_scalars(d_g_prev_ptr, tl.sum(d_residual * passed, 1), there, rows, TILE)
+            d_passed = d_residual * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
+            _store_tokens(d_passed_ptr, d_passed, 0, rows, F, BF, TILE)
         tl.debug_barrier()
         # residual = g_prev W2 k + bounded(back * slope), back = error W1
         a2 = _load_matrix(w2_ptr + (slots + anchor) * SIZE, F, K, BF, BK)
@@ -552,15 +562,8 @@ def _mlp_backward(
         d_inner = _bounded_backward(d_residual, delta, delta_scale, inverse_square, HUBER)
         _store_tokens(d_back_ptr, d_inner * slope, 0, rows, F, BF, TILE)
         d_pre = d_inner * back * curvature
-        if ERASE:
-            d_passed = d_residual * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
-            if PER_CHUNK == 1:
-                d_pre += d_passed
-            else:
-                _store_tokens(d_passed_ptr, d_passed, 0, rows, F, BF, TILE)
-                k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
-                passed = tl.dot(k, tl.trans(_load_matrix(slot2, F, K, BF, BK)), input_precision=PRECISION)
-                _store_scalars(d_g_prev_ptr, tl.sum(d_residual * passed, 1), there, rows, TILE)
+        if ERASE and PER_CHUNK == 1:
+            d_pre += d_residual * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
         _store_tokens(part_ptr, d_pre, 0, rows, F, BF, TILE)
         tl.debug_barrier()
         # W1' = g_end W1 - (w error)^T hidden, error = bounded(k + W1 hidden - target)

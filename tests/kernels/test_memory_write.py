@@ -5,6 +5,7 @@ Terms of the tiles are leaves of their own here: their kernels have tests of the
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def twin(leaves: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]
         if rule.erases(0):
             residual = residual + g_prev[:, at, None] * (k[:, at] @ weights[0].mT)
         kept = g_end[:, index, None, None]
-        after = (kept * weights[0] - residual.mT @ y[:, at],)
+        after: tuple[torch.Tensor, ...] = (kept * weights[0] - residual.mT @ y[:, at],)
         found = {"residual": residual}
         if rule.memory == "mlp":
             found |= {"error": layers[1].delta, "hidden": layers[1].x}
@@ -133,7 +134,7 @@ def choose(rows: torch.Tensor, where: tuple, otherwise: tuple, case: Case) -> tu
     return fused.choose(rows.repeat_interleave(case.memories, 0), where, otherwise)
 
 
-def arguments(leaves: dict[str, torch.Tensor], case: Case, device: torch.device) -> tuple[tuple, dict]:
+def arguments(leaves: dict[str, torch.Tensor], case: Case, device: torch.device) -> tuple[tuple, dict[str, Any]]:
     """What both launches take: (k, v, terms, states, signals), and the keywords."""
     low = {name: leaves[name].to(device, case.dtype) for name in ("k", "v", "y")}
     gates = {name: leaves[name].to(device, torch.float32) for name in ("w", "g_prev", "g_end")}
@@ -210,8 +211,11 @@ def kernels(
     write_forward(*positional, **keywords)
     given = {name: t.to(device, torch.float32) for name, t in given.items()}
     del keywords["start"]
-    d_signals = Signals(*(given.get(name) for name in ("residual", "error", "hidden")))
-    found = write_backward(*positional, pick(given, "end"), d_signals=d_signals, d_reads=pick(given, "reads"), read=read, **keywords)
+    d_signals = Signals(**{name: t for name, t in given.items() if name in ("residual", "error", "hidden")})
+    k, v, terms, states, signals = positional
+    found = write_backward(
+        k, v, terms, states, signals, pick(given, "end"), d_signals=d_signals, d_reads=pick(given, "reads"), read=read, **keywords
+    )
     total = lambda t, name: torch.zeros(leaves[name].shape) if t is None else t.unflatten(0, (case.rows, -1)).sum(1)  # noqa: E731
     gradients = {f"d{name}": total(getattr(found, name), name) for name in ("k", "v", "y", "w", "g_prev", "g_end")}
     gradients |= {f"dstate.{i}": t for i, t in enumerate(found.current)}

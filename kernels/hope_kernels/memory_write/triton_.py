@@ -84,7 +84,7 @@ def _tile_rows(i, tokens, CHUNK: tl.constexpr, TILE: tl.constexpr, PER_CHUNK: tl
 
 @triton.jit
 def _identity(ids_ptr, memories_per_row):
-    """(memory, row) of the program. Loaded anew for every tile: else the addresses of all tensors would be kept in registers along the loop."""
+    """(memory, row) of the program. Loaded anew for every tile, or the addresses of all tensors would stay in registers along the loop."""
     memory = tl.load(ids_ptr + tl.program_id(0))
     return memory.to(tl.int64), (memory // memories_per_row).to(tl.int64)
 
@@ -191,8 +191,8 @@ def _enter_tile(
 ):  # fmt: skip
     """Begin the backward pass of a tile for one matrix, from the gradient of the state after it; element by element, FLAT at a time.
 
-    `low` becomes the gradient of what the tile wrote (zero where `live` is 0: nothing was committed); `grad` that of the current state at the
-    tile's start as far as it does not go through products: kept, read. What reads saw, or kept without commit, was in a chunk of several
+    `low` becomes the gradient of what the tile wrote (zero where `live` is 0: nothing was committed); `grad` that of the current state
+    at the tile's start as far as it does not go through products: kept, read. What reads saw, or kept without commit, was in a chunk of several
     tiles the anchor: it goes to anchor_grad. Returns the gradient of g_end.
     """
     d_g_end = 0.0
@@ -487,7 +487,8 @@ def _mlp_backward(
     """The tiles of one MLP memory in reverse.
 
     Between its products a tile lives in memory. `sums`, fp32, has for every memory the gradients of the current weights and of the anchor's
-    and one block [TILE, F]; `parked`, in the dtype of the keys, has the gradients of the weights as operands and seven blocks. Registers hold the blocks of one product; and Triton spreads a product over eight warps only where its result enters no other product.
+    and one block [TILE, F]; `parked`, in the dtype of the keys, has the gradients of the weights as operands and seven blocks. Registers
+    hold the blocks of one product; and Triton spreads a product over eight warps only where its result enters no other product.
     """
     dtype = k_ptr.dtype.element_ty
     SIZE: tl.constexpr = F * K
@@ -815,8 +816,8 @@ def write_forward(
 class WriteGradients:
     """Gradients of a call of `write_forward`, fp32; filled at its tiles.
 
-    k, v, y [R, T, K], w, g_prev [R, T], g_end [R, NT]: each memory's share; None where the rule does not use the input. current: of the state
-    at the start of the first tile. start: of the start, added to what was there; () without resets.
+    k, v, y [R, T, K], w, g_prev [R, T], g_end [R, NT]: each memory's share; None where the rule does not use the input. current: of the
+    state at the start of the first tile. start: of the start, added to what was there; () without resets.
     """
 
     k: torch.Tensor
@@ -832,16 +833,12 @@ class WriteGradients:
     def empty(k: torch.Tensor, current: tuple[torch.Tensor, ...], *, rule: MemoryRule, tiling: Tiling, resets: bool) -> "WriteGradients":
         """Room for the gradients of keys k [L, T, K] and memories with states like `current`."""
         memories, device = len(current[0]), k.device
-        wide = [torch.empty(memories, *k.shape[1:], dtype=torch.float32, device=device) for _ in range(3)]
+        d_k, d_v, d_y = (torch.empty(memories, *k.shape[1:], dtype=torch.float32, device=device) for _ in range(3))
         narrow = [torch.empty(memories, k.shape[1], dtype=torch.float32, device=device) for _ in range(2)]
-        return WriteGradients(
-            *wide,
-            w=narrow[0] if rule.memory == "mlp" else None,
-            g_prev=narrow[1] if rule.erases(0) else None,
-            g_end=torch.empty(memories, tiling.num_tiles, dtype=torch.float32, device=device),
-            current=tuple(torch.empty_like(t) for t in current),
-            start=tuple(torch.zeros_like(t) for t in current) if resets else (),
-        )
+        g_end = torch.empty(memories, tiling.num_tiles, dtype=torch.float32, device=device)
+        start = tuple(torch.zeros_like(t) for t in current) if resets else ()
+        w, g_prev = narrow[0] if rule.memory == "mlp" else None, narrow[1] if rule.erases(0) else None
+        return WriteGradients(d_k, d_v, d_y, w, g_prev, g_end, tuple(torch.empty_like(t) for t in current), start)
 
 
 def write_backward(
@@ -865,8 +862,8 @@ def write_backward(
     """Backward of `write_forward`, given its arguments after the call (of states the slots only).
 
     d_current: gradient of the state after the last tile, fp32, shapes of states.current. d_signals: gradients of residual, error and hidden
-    from the reads, fp32, each may be None. d_reads: gradients of the weights that the reads of every tile saw, fp32 [R, NT, ...]: with read =
-    "causal" those at the start of the tile, with "anchor" those of its chunk; () where nothing reads.
+    from the reads, fp32, each may be None. d_reads: gradients of the weights that the reads of every tile saw, fp32 [R, NT, ...]: with
+    read = "causal" those at the start of the tile, with "anchor" those of its chunk; () where nothing reads.
     """
     rows, tokens, width = k.shape
     memories, hidden = d_current[0].shape[:2]
@@ -889,13 +886,15 @@ def write_backward(
     ids = torch.arange(memories, dtype=torch.int32, device=k.device)
     if rule.memory == "linear":
         _linear_backward[(memories,)](
-            ids, k, v, terms.y, terms.g_prev, terms.g_end, commit, reset, *states.weights, *(states.rest or absent), signals.residual, from_reads.residual, *walked,
+            ids, k, v, terms.y, terms.g_prev, terms.g_end, commit, reset, *states.weights, *(states.rest or absent),
+            signals.residual, from_reads.residual, *walked,
             out.k, out.v, out.y, out.g_prev, out.g_end, *sizes, **constants, num_warps=warps,
         )  # fmt: skip
     else:
         _mlp_backward[(memories,)](
             ids, k, v, terms.y, terms.w, terms.g_prev, terms.g_end, commit, reset, *states.weights, *(states.rest or absent),
-            signals.residual, signals.error, signals.hidden, signals.scale, from_reads.residual, from_reads.error, from_reads.hidden, *walked,
+            signals.residual, signals.error, signals.hidden, signals.scale,
+            from_reads.residual, from_reads.error, from_reads.hidden, *walked,
             out.k, out.v, out.y, out.w, out.g_prev, out.g_end, *sizes, **constants, F=hidden, BF=padded(hidden), num_warps=warps,
         )  # fmt: skip
     for to, found in zip(out.current, sums[:, : len(d_current) * matrix].split(matrix, 1), strict=True):

@@ -6,16 +6,23 @@ from typing import Any
 import torch
 
 from hope_kernels.memory_write import triton_ as write
-from hope_kernels.tuning import padded, tuning
+from hope_kernels.tuning import Tuning, padded, tuning
 from tools.aot.case import Case
 
 OPERANDS = torch.bfloat16
 TOKENS = 4096
 
 
+def entry(width: int, hidden: int) -> Tuning:
+    """Tile and warps of a memory's widths."""
+    found = tuning(width=width, hidden=hidden)
+    assert found is not None
+    return found
+
+
 def constants(width: int, hidden: int, *, per_chunk: int) -> dict[str, Any]:
     """Compile-time constants and sizes of the default rule."""
-    tile = tuning(width=width, hidden=hidden).tile
+    tile = entry(width, hidden).tile
     sizes = {"tokens": TOKENS, "num_tiles": TOKENS // tile, "num_chunks": TOKENS // tile // per_chunk, "memories_per_row": 5}
     window = {"first_tile": 16, "end_tile": 32, "inverse_square": 1.0}
     shape = {"K": width, "BK": padded(width), "CHUNK": tile * per_chunk, "TILE": tile, "PER_CHUNK": per_chunk}
@@ -35,14 +42,14 @@ def mlp_forward(width: int, hidden: int, per_chunk: int) -> Case:
         "k v y residual error hidden w2 w1 rest2 rest1", "w g_prev g_end current2 current1 scale", "commit reset start2 start1 kept2 kept1"
     )
     arguments = {**tensors, **constants(width, hidden, per_chunk=per_chunk), "F": hidden, "BF": padded(hidden), "ids_ptr": torch.int32}
-    warps = tuning(width=width, hidden=hidden).warps_of("write_forward")
+    warps = entry(width, hidden).warps_of("write_forward")
     return Case(f"mlp_forward_{width}x{hidden}_{per_chunk}", write._mlp_forward, arguments, warps)
 
 
 def linear_forward(width: int, per_chunk: int) -> Case:
     """One linear memory forward."""
     tensors = pointers("k v y residual w rest", "g_prev g_end current", "commit reset start kept")
-    warps = tuning(width=width, hidden=width).warps_of("write_forward")
+    warps = entry(width, width).warps_of("write_forward")
     return Case(
         f"linear_forward_{width}_{per_chunk}", write._linear_forward, {**tensors, **constants(width, width, per_chunk=per_chunk)}, warps
     )
@@ -60,7 +67,7 @@ def mlp_backward(width: int, hidden: int, per_chunk: int) -> Case:
         "F": hidden,
         "BF": padded(hidden),
     }
-    warps = tuning(width=width, hidden=hidden).warps_of("write_backward")
+    warps = entry(width, hidden).warps_of("write_backward")
     return Case(f"mlp_backward_{width}x{hidden}_{per_chunk}", write._mlp_backward, arguments, warps)
 
 
@@ -68,7 +75,7 @@ def linear_backward(width: int, per_chunk: int) -> Case:
     """One linear memory backward, with gradients from causal reads."""
     fp32 = "g_prev g_end in_residual read sums d_k d_v d_y d_g_prev d_g_end"
     tensors = pointers("k v y w rest residual parked", fp32, "commit reset start")
-    warps = tuning(width=width, hidden=width).warps_of("write_backward")
+    warps = entry(width, width).warps_of("write_backward")
     arguments = {**tensors, **constants(width, width, per_chunk=per_chunk), "READS_ANCHOR": False, "ids_ptr": torch.int32}
     return Case(f"linear_backward_{width}_{per_chunk}", write._linear_backward, arguments, warps)
 

@@ -192,8 +192,8 @@ def _enter_tile(
     """Begin the backward pass of a tile for one matrix, from the gradient of the state after it; element by element, FLAT at a time.
 
     `low` becomes the gradient of what the tile wrote (zero where `live` is 0: nothing was committed); `grad` that of the current state
-    at the tile's start as far as it does not go through products: kept, read. What reads saw, or kept without commit, was in a chunk of several
-    tiles the anchor: it goes to anchor_grad. Returns the gradient of g_end.
+    at the tile's start as far as it does not go through products: kept, read. What reads saw, or kept without commit, was in a chunk of
+    several tiles the anchor: it goes to anchor_grad. Returns the gradient of g_end.
     """
     d_g_end = 0.0
     for start in tl.range(0, SIZE, FLAT, num_stages=1):
@@ -882,7 +882,8 @@ def write_backward(
     walked = (*(d_reads or absent), sums, parked, *(out.start or absent))
     sizes = (tokens, tiling.num_tiles, tiling.num_chunks, memories // rows, tiles.start, tiles.stop, rule.huber_delta**-2)
     constants = _constants(k, rule, tiling) | {"READS_ANCHOR": read == "anchor"}
-    warps = tuning(width=width, hidden=hidden).warps_of("write_backward")
+    kernel = "write_backward" if rule.memory == "mlp" else "write_linear_backward"
+    warps = tuning(width=width, hidden=hidden).warps_of(kernel)
     ids = torch.arange(memories, dtype=torch.int32, device=k.device)
     if rule.memory == "linear":
         _linear_backward[(memories,)](

@@ -75,7 +75,7 @@ def linear_backward(width: int, per_chunk: int) -> Case:
     """One linear memory backward, with gradients from causal reads."""
     fp32 = "g_prev g_end in_residual read sums d_k d_v d_y d_g_prev d_g_end"
     tensors = pointers("k v y w rest residual parked", fp32, "commit reset start")
-    warps = entry(width, width).warps_of("write_backward")
+    warps = entry(width, width).warps_of("write_linear_backward")
     arguments = {**tensors, **constants(width, width, per_chunk=per_chunk), "READS_ANCHOR": False, "ids_ptr": torch.int32}
     return Case(f"linear_backward_{width}_{per_chunk}", write._linear_backward, arguments, warps)
 

@@ -118,7 +118,8 @@ def _projection_chunk(shape: _Shape, stack: tuple[str, ...], chunk: _Chunk, *, r
         total = Work(2 * vector, 2 * vector)
         one = _fused_chunk(shape, size, causal=False, writes=True) if chunk.left else Work()
         for name in stack:
-            total += (_readout(shape, size) if name in ("eta", "alpha") else _both(2 * size * shape.matrix)) + one
+            read = _readout(shape, size) if name in ("eta", "alpha") else _both(2 * size * shape.matrix)
+            total += read + Work(0.0, size * shape.matrix) + one  # the product with W2 runs again
         return total + _fused_written(shape, size) if chunk.left else total
     readouts = _both(vector) + (_both if retention else Work)(vector)
     if not stack:

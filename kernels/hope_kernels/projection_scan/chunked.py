@@ -167,14 +167,18 @@ class _Plan:
         """A readout weight [H, K] for every row: [L, K, 1]."""
         return weight.unsqueeze(-1).repeat(rows // self.heads, 1, 1)
 
+    def inner(self, streams: dict[str, torch.Tensor], w2: torch.Tensor) -> torch.Tensor:
+        """The products with W2 of all memories, [R, C, F]: one product is cheaper to run twice than to keep."""
+        parts = zip(self.stack, w2.split(len(streams["k"])), strict=True)
+        return torch.cat([torch.bmm(streams[SOURCE[name]], w.mT) for name, w in parts])
+
     def generate(self, streams: dict[str, torch.Tensor], live: torch.Tensor | None, parameters: Tensors, weights: fused.Weights):
         """(k, v, q, eta, log_alpha) of a chunk [L, C, ...] from streams [L, C, K], and what backward needs besides them.
 
         The readout r . M(z) is z r + silu(z W2^T) (W1^T r): the product with W1 never runs over tokens.
         """
         rows, readout = len(streams["k"]), self.switches.like(parameters)
-        pre = torch.cat([torch.bmm(streams[SOURCE[name]], w.mT) for name, w in zip(self.stack, weights[0].split(rows), strict=True)])
-        hidden = dict(zip(self.stack, F.silu(pre).split(rows), strict=True))
+        hidden = dict(zip(self.stack, F.silu(self.inner(streams, weights[0])).split(rows), strict=True))
         w1 = dict(zip(self.stack, weights[1].split(rows), strict=True))
         answers, scales, logits = [], [], []
         for name in ("k", "v", "q"):
@@ -192,12 +196,12 @@ class _Plan:
             logits.append(logit.squeeze(-1).unflatten(0, (-1, self.heads)))
         rate, forget = logits
         eta, log_alpha = (t.flatten(0, 1) for t in gates(rate, forget, readout, live=self.by_head(live)))
-        return (*answers, eta, log_alpha), (pre, *scales, *logits)
+        return (*answers, eta, log_alpha), (*scales, *logits)
 
     def generate_backward(self, grads, streams, live, parameters, weights, generated, saved):
         """Gradients of the three streams, the four parameters and the weights from those of `generate`'s results."""
         rows, readout = len(streams["k"]), self.switches.like(parameters)
-        pre, scales, logits = saved[0], saved[1:4], saved[4:6]
+        pre, scales, logits = self.inner(streams, weights[0]), saved[:3], saved[3:5]
         d_eta, d_log_alpha = (t.unflatten(0, (-1, self.heads)) for t in grads[3:])
         rate, forget = logits
         d_logits = gates_backward(d_eta, d_log_alpha, rate, forget, readout, live=self.by_head(live))
@@ -292,7 +296,7 @@ class _Scan(torch.autograd.Function):
             d_generated = [t[:, window] for t in grads[:5]]
             writes = d_weights is not None
             written = take(kept, 11 + len(fused.NO_SIGNALS)) if writes and plan.keep else None
-            read = take(kept, 6) if plan.keep else None
+            read = take(kept, 5) if plan.keep else None
             weights = tuple(take(kept, 2))
             if not plan.keep:
                 _, read = plan.generate(streams, live_c, parameters, weights)

@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     for part in (_model(found), _memory(found), _sent(found), _time(found)):
         console.print(part, "")
+    print(_scans(found))
     if arguments.search:
         console.print(_layouts(layouts, gpu=gpu, settings=settings))
         print(f"the tables above are of the fastest: {_overrides(configured, settings) or 'the layout as configured'}")
@@ -73,6 +74,13 @@ def _time(found: Estimate):
     return table(
         f"one step on {found.mesh.world_size} x {found.gpu.name}, by a model that no GPU has confirmed", "what", "value", rows=rows
     )
+
+
+def _scans(found: Estimate) -> str:
+    """What memory and time were planned for."""
+    if found.scans.note:
+        return found.scans.note
+    return f"the scans are planned {'with the fused Triton kernels' if found.scans.backend == 'triton' else 'in plain torch'}"
 
 
 def _layouts(layouts: list[Candidate], *, gpu: GPU, settings: RunConfig):

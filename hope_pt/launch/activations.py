@@ -1,10 +1,10 @@
 """What a forward pass keeps for its backward pass, and what either needs beside it: found by running the real block on the meta device.
 
-Nothing is computed or allocated: `AllocationCounter` follows the storages that the operations would make, so saved chunk boundaries,
-replay and hand-written backward passes count as they are in the code, and the figures follow it when it changes. The core of a mixer
-costs thousands of operations and is linear in rows and heads, so it is traced once with few of them and stands in the block as a
-block of bytes. megatron's linear layers and the messages of the head are imitated, because they need process groups: each function here
-says what of theirs it repeats.
+Nothing is computed, launched or allocated: `AllocationCounter` follows the storages that the operations would make, so saved chunk
+boundaries, replay, workspaces and hand-written backward passes count as they are in the code, and the figures follow it when it changes. Where
+titans.backend is "triton" that is the code around the kernels. The core of a mixer is linear in rows and heads and costs many operations, so
+it is traced once with few of them and stands in the block as a block of bytes. megatron's linear layers and the messages of the head are
+imitated, because they need process groups: each function here says what of theirs it repeats.
 Legend: B rows of a micro-batch, T tokens a rank holds of the residual stream, D width, V vocabulary of this rank.
 """
 
@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from hope_kernels.linear_cross_entropy import linear_cross_entropy
 from hope_pt.config.schema import ModelConfig
-from hope_pt.launch.allocations import AllocationCounter
+from hope_pt.launch.allocations import AllocationCounter, Walk
+from hope_pt.launch.kernels import following
 from hope_pt.nn import HopeBlock, Parts, model_layout
 from hope_pt.nn.layout import Layout
 from hope_pt.nn.mixer import CORES
@@ -35,8 +36,8 @@ class Passing:
     """One micro-batch through one part of the model and back, in bytes.
 
     kept: alive between forward and backward, the part's output included. forward: the most above that during the forward pass.
-    backward: the most above it during the backward pass, gradients of activations and of single weights included. kernels, traffic: of
-    both passes, see `AllocationCounter`.
+    backward: the most above it during the backward pass, gradients of activations and of single weights included. kernels, traffic, walks:
+    of both passes, see `AllocationCounter`; walks with the tiles of each.
     """
 
     kept: int
@@ -44,11 +45,13 @@ class Passing:
     backward: int
     kernels: int = 0
     traffic: int = 0
+    walks: tuple[tuple[Walk, int], ...] = ()
 
     def times(self, factor: float) -> "Passing":
-        """The same kernels on `factor` times the bytes."""
-        sizes = {name: round(value * factor) for name, value in vars(self).items() if name != "kernels"}
-        return dataclasses.replace(self, **sizes)
+        """The same kernels on `factor` times the bytes, by as many more programs."""
+        sizes = {name: round(value * factor) for name, value in vars(self).items() if name not in ("kernels", "walks")}
+        walks = tuple((walk._replace(programs=round(walk.programs * factor)), tiles) for walk, tiles in self.walks)
+        return dataclasses.replace(self, **sizes, walks=walks)
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def _begin(counter: AllocationCounter) -> int:
     """Start counting a part; what is alive before it."""
     counter.restart_peak()
     counter.kernels = counter.traffic = 0
+    counter.walks.clear()
     return counter.live
 
 
@@ -137,7 +141,8 @@ def _finish(counter: AllocationCounter, output: Tensor, *, before: int) -> Passi
     after, highest = counter.live, counter.peak
     counter.restart_peak()
     output.backward(torch.empty_like(output))
-    return Passing(after - before, highest - after, counter.peak - after, counter.kernels, counter.traffic)
+    walks = tuple(counter.walks.items())
+    return Passing(after - before, highest - after, counter.peak - after, counter.kernels, counter.traffic, walks)
 
 
 @functools.cache
@@ -147,7 +152,8 @@ def _traced_core(model: ModelConfig, share: Share, heads: int) -> Passing:
         traced = CORES[model.mixer](model, num_heads=heads)
     _drop_gradients(traced.parameters())
     state, layout = None, _layout(model, share)
-    with AllocationCounter(traced.parameters()) as counter, _FusedAttention() if model.mixer == "attention" else contextlib.nullcontext():
+    counter = AllocationCounter(traced.parameters())
+    with following(model, counter), _FusedAttention() if model.mixer == "attention" else contextlib.nullcontext():
         if share.continues:
             like = traced.init_state(share.rows, dtype=share.dtype, device=META, past=share.core_tokens)
             state = {name: _input(*t.shape, dtype=t.dtype) if t.is_floating_point() else t for name, t in like.items()}

@@ -7,6 +7,7 @@ from hope_pt.config.schema import RunConfig
 from hope_pt.engine.mesh import Mesh, check_mesh
 from hope_pt.launch.communication import Sent, sent
 from hope_pt.launch.gpus import GPU, budget
+from hope_pt.launch.kernels import Scans, scans
 from hope_pt.launch.memory import RankBytes, rank_bytes
 from hope_pt.launch.speed import StepTime, bubble_fraction, step_time
 from hope_pt.launch.weights import checkpoint_bytes
@@ -15,11 +16,15 @@ from hope_pt.nn import count_parameters, flops_per_token
 
 @dataclass(frozen=True)
 class Estimate:
-    """parameters: by class, with "total". flops: per token, by part. ranks, sent: of the first, a middle and the last pipeline stage."""
+    """parameters: by class, with "total". flops: per token, by part. ranks, sent: of the first, a middle and the last pipeline stage.
+
+    scans: what memory and time are planned for.
+    """
 
     name: str
     gpu: GPU
     mesh: Mesh
+    scans: Scans
     parameters: dict[str, int]
     flops: dict[str, float]
     ranks: tuple[RankBytes, ...]
@@ -55,6 +60,7 @@ def estimate(config: RunConfig, *, world_size: int, gpu: GPU, documents: int = 1
         name=config.name,
         gpu=gpu,
         mesh=mesh,
+        scans=scans(config),
         parameters=count_parameters(config.model),
         flops=flops_per_token(config.model, seq_len=mesh.tokens_per_rank * mesh.context),
         ranks=ranks,

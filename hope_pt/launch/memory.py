@@ -15,6 +15,7 @@ from hope_pt.config.schema import ModelConfig, RunConfig
 from hope_pt.engine.mesh import Mesh
 from hope_pt.launch import activations
 from hope_pt.launch.activations import META, Share
+from hope_pt.launch.kernels import planned_model, scans
 from hope_pt.launch.weights import FP32, WeightBytes, weight_bytes
 from hope_pt.nn.attention import AttentionCore
 from hope_pt.nn.mixer import CORES
@@ -63,7 +64,8 @@ def share_of(config: RunConfig, mesh: Mesh, *, documents: int = 1) -> Share:
 def rank_bytes(config: RunConfig, mesh: Mesh, *, stage: int, documents: int = 1) -> RankBytes:
     """The peak of a rank of `stage` when every row of data is `documents` documents."""
     share = share_of(config, mesh, documents=documents)
-    block = activations.block(config.model, share)
+    model = planned_model(config)
+    block = activations.block(model, share)
     stream = share.rows * share.stream_tokens * config.model.width * share.dtype.itemsize
     recomputed = config.engine.recompute == "block"
     kept = stream if recomputed else block.kept
@@ -73,7 +75,7 @@ def rank_bytes(config: RunConfig, mesh: Mesh, *, stage: int, documents: int = 1)
     in_all = round(passes * (stream + layers * kept))
     working = inside + max(block.forward, block.backward) + _tied_gradient(config, mesh)
     if stage == mesh.pipeline - 1:
-        head = activations.head(config.model, share)
+        head = activations.head(model, share)
         working = max(working, head.kept + max(head.forward, head.backward))
     states = 0 if recomputed else round(passes * layers * boundary_bytes(config, share))
     weights, buffers = weight_bytes(config, mesh, stage=stage), _buffers(config, mesh, share, stage)
@@ -89,14 +91,17 @@ def in_flight(mesh: Mesh, *, stage: int) -> int:
 
 
 def boundary_bytes(config: RunConfig, share: Share) -> int:
-    """Memory states that one block keeps for one micro-batch: at every chunk, or with replay at every titans.save_every tokens."""
+    """Memory states that one block keeps for one micro-batch: at every chunk, or with replay at every titans.save_every tokens.
+
+    Kernels always replay.
+    """
     model, titans, tokens = config.model, config.model.titans, share.core_tokens
     if model.mixer != "titans":
         return 0
     rule = memory_rule(titans)
     hidden = model.memory_hidden if titans.memory == "mlp" else model.head_width
     memory = FP32 * rule.num_layers * (2 if rule.momentum else 1) * model.head_width * hidden
-    replayed = tokens > titans.save_every
+    replayed = tokens > titans.save_every or scans(config).backend == "triton"
     mem, proj = (-(-tokens // (titans.save_every if replayed else chunk)) for chunk in (titans.chunk_mem, titans.chunk_proj))
     return memory * share.rows * core_heads(config, share) * (mem + proj * len(adaptive_streams(titans)))
 

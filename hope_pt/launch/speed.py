@@ -4,22 +4,27 @@ A pass of one micro-batch through one pipeline stage takes
 
     blocks * (dense FLOPs / reached bf16 rate + core) + head + bytes sent on the tensor and context axes / link rate + messages
 
-    core = max(fp32 FLOPs / reached fp32 rate, bytes read and written / reached memory rate, kernels * seconds a kernel)
+    core = max(FLOPs / reached rate, bytes read and written / reached memory rate, kernels * seconds a kernel, chain)
+    chain = sum over walks of tiles * seconds a tile * ceil(programs / streaming multiprocessors)
 
-where the core is what `activations.core` traced: the chunked scans run in fp32, kernel by kernel. The step takes
+where the core is what `activations.core` traced. The chunked scans run in fp32, kernel by kernel, without a chain. In the fused kernels
+every memory is written by one program, tile after tile: forward, again in the replay, and backward. The step takes
 (m + (p - 1) / v) passes of the slowest stage (m micro-batches, p stages, v pieces a stage: the bubble), plus what of the gradient
 reduction and the parameter gather is not hidden behind one backward and one forward pass, plus the optimizer's memory traffic. With
 context_mode = "state" the cores of a layer run one rank after the other.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 from hope_pt.config.schema import ModelConfig, RunConfig
 from hope_pt.engine.mesh import Mesh
 from hope_pt.launch import activations
+from hope_pt.launch.allocations import Walk
 from hope_pt.launch.communication import sent
 from hope_pt.launch.gpus import GPU
+from hope_pt.launch.kernels import planned_model, scans
 from hope_pt.launch.memory import share_of
 from hope_pt.launch.weights import weight_bytes
 from hope_pt.nn import flops_per_token
@@ -27,14 +32,26 @@ from hope_pt.nn import flops_per_token
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares of the data sheet's figures that are reached, and seconds that one kernel of eager PyTorch costs its CPU."""
+    """Shares of the data sheet's figures that are reached, and seconds. All are guesses that no GPU has confirmed."""
 
     products: float = 0.5
+    """Of the bf16 rate, by large matrix products: a guess."""
     attention: float = 0.35
+    """Of the bf16 rate, by attention kernels: a guess."""
     fp32_products: float = 0.5
+    """Of the fp32 rate, by the products of the scans in fp32: a guess."""
+    fused_products: float = 0.1
+    """Of the bf16 rate, by the fused scans: a guess after flash-linear-attention's published rates that no GPU has confirmed."""
     memory: float = 0.7
+    """Of the bandwidth: a guess."""
     links: float = 0.75
+    """Of NVLink and the network: a guess."""
     kernel_s: float = 6e-6
+    """That one kernel of eager PyTorch or one launch of Triton's costs its CPU: a guess."""
+    write_s: float = 5e-6
+    """That a program of the fused kernels takes to write one tile, also in the replay: a guess that no GPU has confirmed."""
+    write_backward_s: float = 12e-6
+    """The same backward: a guess that no GPU has confirmed."""
 
 
 @dataclass(frozen=True)
@@ -119,16 +136,23 @@ def _pass_s(config: RunConfig, mesh: Mesh, share: activations.Share, gpu: GPU, a
 
 def _core_s(config: RunConfig, share: activations.Share, gpu: GPU, assumed: Assumptions, *, flops: dict[str, float]) -> float:
     """Forward and backward pass of a memory mixer's core, and of all ranks before and after it where they wait for each other."""
-    core = activations.core(config.model, share)
+    core, fused = activations.core(planned_model(config), share), scans(config).backend == "triton"
+    rate = gpu.bf16 * assumed.fused_products if fused and config.engine.precision == "bf16" else gpu.fp32 * assumed.fp32_products
     divided = share.tensor * (1 if share.by_state else share.context)
     tokens = share.rows * share.core_tokens / divided
     work = flops["memory"] + flops["replay"] + flops["solves"] + (flops["backward"] - 2 * (flops["forward"] - flops["memory"]))
     seconds = max(
-        work / config.model.num_layers * tokens / (gpu.fp32 * assumed.fp32_products),
+        work / config.model.num_layers * tokens / rate,
         core.traffic / (gpu.bandwidth * assumed.memory),
         core.kernels * assumed.kernel_s,
+        sum(tiles * _tile_s(walk, assumed) * math.ceil(walk.programs / gpu.multiprocessors) for walk, tiles in core.walks),
     )
     return seconds * (share.context if share.by_state else 1)
+
+
+def _tile_s(walk: Walk, assumed: Assumptions) -> float:
+    """Seconds that a program takes from one tile to the next."""
+    return assumed.write_backward_s if walk.kernel.endswith("_backward") else assumed.write_s
 
 
 def _exposed_s(config: RunConfig, mesh: Mesh, gpu: GPU, assumed: Assumptions, *, one_pass: float) -> float:

@@ -30,11 +30,12 @@ def choose(name: str, *, backend: str, obstacle: str, available: tuple[str, ...]
 def triton_obstacle(device: torch.device) -> str:
     """Why Triton kernels cannot run on a device, or "".
 
-    On a CPU they run in Triton's interpreter, for tests, where that is switched on.
+    On a CPU they run in Triton's interpreter, for tests, where that is switched on. On the meta device nothing is launched: their operators
+    know the shapes of their results.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device.type == "cuda":
+    if device.type in ("cuda", "meta"):
         return ""
     from hope_kernels.triton_support import interpreted
 
@@ -45,6 +46,8 @@ def scan_obstacle(rule: MemoryRule, *, width: int, hidden: int) -> str:
     """Why the Triton scans do not compute a rule at head width K and hidden width F, or ""."""
     if rule.objective == "dot":
         return 'objective = "dot" has no kernel'
+    if rule.momentum:
+        return 'momentum = "titans" has no kernel'
     if rule.memory == "mlp" and rule.erases(1):
         return 'dgd_scope = "layerwise" has no kernel'
     if tuning(width=width, hidden=hidden if rule.memory == "mlp" else width) is None:
@@ -57,10 +60,10 @@ def scan_obstacle(rule: MemoryRule, *, width: int, hidden: int) -> str:
 def scan_backend(backend: str, *, rule: MemoryRule, width: int, hidden: int, device: torch.device) -> tuple[str, str]:
     """(implementation of both memory scans, what keeps Triton's from being used or "").
 
-    width, hidden: head width K and hidden width F. On a CPU "auto" is plain torch even where the interpreter could run the kernels.
+    width, hidden: head width K and hidden width F. Off a GPU "auto" is plain torch even where the kernels could be run or followed.
     Raises ValueError for a forced backend that cannot run.
     """
     obstacle = triton_obstacle(device) or scan_obstacle(rule, width=width, hidden=hidden)
     if backend == "auto" and device.type != "cuda":
-        return "chunked", obstacle or "the device is cpu, not cuda"
+        return "chunked", obstacle or f"the device is {device.type}, not cuda"
     return choose("memory scans", backend=backend, obstacle=obstacle), obstacle

@@ -22,6 +22,7 @@ def test_auto_takes_kernels_on_a_gpu_only():
     ("rule", "size", "reason"),
     [
         (MemoryRule(objective="dot", self_target=False), SIZE, "dot"),
+        (MemoryRule(momentum=True), SIZE, "momentum"),
         (MemoryRule(dgd_scope="layerwise"), SIZE, "layerwise"),
         (MemoryRule(), {"width": 256, "hidden": 256}, "256x256 are larger than the largest kernel, 128x128"),
     ],
@@ -42,8 +43,13 @@ def test_forced_backends():
         assert scan_backend(name, rule=MemoryRule(), device=CPU, **SIZE)[0] == name
     with pytest.raises(ValueError, match="available: triton, chunked, reference"):
         choose("memory scans", backend="cuda", obstacle="")
-    with pytest.raises(ValueError, match="the device is meta, not cuda"):
-        scan_backend("triton", rule=MemoryRule(), device=META, **SIZE)
+    with pytest.raises(ValueError, match="the device is xpu, not cuda"):
+        scan_backend("triton", rule=MemoryRule(), device=torch.device("xpu"), **SIZE)
+
+
+def test_kernels_can_be_followed_on_the_meta_device():
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert scan_backend("triton", rule=MemoryRule(), device=META, **SIZE) == ("triton", "")
 
 
 def test_without_triton(monkeypatch):

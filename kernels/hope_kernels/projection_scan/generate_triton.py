@@ -88,6 +88,16 @@ def _at(row, column, exists, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _features(token, feature, exists, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The same, features first: [BLOCK, tokens]."""
+    offsets = token[None, :] * COLUMNS + feature[:, None]
+    if COLUMNS == BLOCK:
+        return offsets, exists[None, :]
+    else:
+        return offsets, exists[None, :] & (feature < COLUMNS)[:, None]
+
+
+@triton.jit
 def _matrix(base, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """A matrix [ROWS, COLUMNS], zero-padded to its block."""
     row, column = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
@@ -358,23 +368,24 @@ def _generate_backward(
             if is_gate:
                 read_x = tl.sum(first.to(tl.float32) * read_x[None, :], 1)
         else:
-            # The gradients of the two weights are taken one after the other: together they would fill the registers.
+            # The gradients of the two weights are taken one after the other: together they would fill the registers. Blocks of tokens are
+            # held features first: a tile of 32 tokens has too few rows for the products of a warp group, the features do not.
             w1_at = _anchor(w1, start1, reset, line, chunk, num_chunks, memory, slot, num_tiles, F * K)
             d_second, read_hidden = tl.zeros((BLOCK_K, BLOCK_F), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
             for tile in tl.range(begin, end, num_stages=1):
                 token, exists = _tokens_of(tile, tokens, CHUNK, TILE)
-                wide, wide_mask = _at(token, at_k, exists, K, BLOCK_K)
+                wide, wide_mask = _features(token, at_k, exists, K, BLOCK_K)
                 x = tl.load(source + wide, mask=wide_mask, other=0.0)
-                pre = tl.dot(x, tl.trans(first), input_precision=PRECISION)
+                pre = tl.dot(first, x, input_precision=PRECISION)
                 hidden = pre * _sigmoid(pre)
                 if is_gate:
                     d_logit = _gate_gradient(
                         eta, log_alpha, d_eta, d_log_alpha, in_eta, in_log_alpha, line, token, exists, row, tokens, stream, eta_max,
                         PARTS > 0,
                     )  # fmt: skip
-                    read_hidden += tl.sum(hidden * d_logit[:, None], 0)
+                    read_hidden += tl.sum(hidden * d_logit[None, :], 1)
                 d_out = tl.load(d_x + wide, mask=wide_mask, other=0.0).to(x.dtype)
-                d_second += tl.dot(tl.trans(d_out), hidden.to(x.dtype), input_precision=PRECISION)
+                d_second += tl.dot(d_out, tl.trans(hidden.to(x.dtype)), input_precision=PRECISION)
             _hand_back(d_w1 + memory * F * K, d_start1_at, returned, d_second, K, F, BLOCK_K, BLOCK_F)
             second = _matrix(w1_at, K, F, BLOCK_K, BLOCK_F)
             if is_gate:
@@ -382,17 +393,17 @@ def _generate_backward(
         d_first = tl.zeros((BLOCK_F, BLOCK_K), tl.float32)
         for tile in tl.range(begin, end, num_stages=1):
             token, exists = _tokens_of(tile, tokens, CHUNK, TILE)
-            wide, wide_mask = _at(token, at_k, exists, K, BLOCK_K)
+            wide, wide_mask = _features(token, at_k, exists, K, BLOCK_K)
             x = tl.load(source + wide, mask=wide_mask, other=0.0)
             d_out = tl.load(d_x + wide, mask=wide_mask, other=0.0)
             d_pre = d_out.to(x.dtype)
             if not LINEAR:
-                pre = tl.dot(x, tl.trans(first), input_precision=PRECISION)
+                pre = tl.dot(first, x, input_precision=PRECISION)
                 rising = _sigmoid(pre)
-                d_hidden = tl.dot(d_pre, second, input_precision=PRECISION)
+                d_hidden = tl.dot(tl.trans(second), d_pre, input_precision=PRECISION)
                 d_pre = (d_hidden * (rising + pre * rising * (1.0 - rising))).to(x.dtype)
-            d_first += tl.dot(tl.trans(d_pre), x, input_precision=PRECISION)
-            d_read = tl.dot(d_pre, first, input_precision=PRECISION)
+            d_first += tl.dot(d_pre, tl.trans(x), input_precision=PRECISION)
+            d_read = tl.dot(tl.trans(first), d_pre, input_precision=PRECISION)
             if not LINEAR:
                 d_read += d_out
             tl.store(d_x + wide, d_read, mask=wide_mask)

@@ -23,9 +23,12 @@ from tools.bench.common import ROOT, cpu_seconds, environment, peak_mib, write_r
 
 WIDTH, HEADS = 256, 4
 PRESETS = {"hope": (64, 256), "hope_16": (16, 16)}
-LENGTHS = (512, 2048)
+LENGTHS = (512, 2048, 8192)
 LONG = (2048, 4096, 8192, 16384, 32768)
-GOAL_SPEED, GOAL_MEMORY, GOAL_LINEAR = 0.6, 2.5, 1.25
+GOAL_SPEED = {2048: 1.0, 8192: 2.0}
+"""Times the transformer's tokens per CPU-second, by length; what has no entry is shown and not demanded."""
+GOAL_MEMORY = {2048: 2.0}
+GOAL_LINEAR = 1.25
 
 
 def build(case: str) -> HopeBlock:
@@ -106,7 +109,7 @@ def run(*, threads: int, quick: bool) -> dict[str, Any]:
     """All measurements, with the ratios and whether each goal is met."""
     results: dict[str, Any] = {"environment": environment(), "threads": threads, "width": WIDTH, "heads": HEADS, "speed": {}, "memory": {}}
     for length in LENGTHS:
-        results["speed"][length] = measure_speed(length, rounds=3 if quick else 9)
+        results["speed"][length] = measure_speed(length, rounds=3 if quick or length > 2048 else 9)
         samples = 1 if quick else 3
         results["memory"][length] = {
             case: statistics.median(in_fresh_process(case, length, threads=threads)["peak_mib"] for _ in range(samples))
@@ -124,9 +127,13 @@ def goals(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for length in LENGTHS:
         speed, memory = results["speed"][length], results["memory"][length]
         ratio = speed["hope"]["tokens_per_cpu_s"] / speed["transformer"]["tokens_per_cpu_s"]
-        found[f"speed ratio at {length}"] = {"value": round(ratio, 3), "at_least": GOAL_SPEED, "met": ratio >= GOAL_SPEED}
+        if length in GOAL_SPEED:
+            goal = GOAL_SPEED[length]
+            found[f"speed ratio at {length}"] = {"value": round(ratio, 3), "at_least": goal, "met": ratio >= goal}
         ratio = memory["hope"] / memory["transformer"]
-        found[f"memory ratio at {length}"] = {"value": round(ratio, 3), "at_most": GOAL_MEMORY, "met": ratio <= GOAL_MEMORY}
+        if length in GOAL_MEMORY:
+            goal = GOAL_MEMORY[length]
+            found[f"memory ratio at {length}"] = {"value": round(ratio, 3), "at_most": goal, "met": ratio <= goal}
     per_token = {length: row["cpu_s"] / length for length, row in results["linearity"].items()}
     ratio = per_token[max(per_token)] / per_token[min(per_token)]
     name = f"time per token at {max(per_token)} over {min(per_token)}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hope_kernels.backend import scan_obstacle
 from hope_kernels.memory_scan import memory_scan
 from hope_kernels.projection_scan import Inputs, Readout, projection_scan
 from hope_kernels.rule import MemoryRule, MemoryState
@@ -164,8 +165,9 @@ def _gated_delta_rule() -> Op:
 
 
 def operations(*, is_gpu: bool) -> dict[str, Op]:
-    """All of them by name; without a GPU attention is torch's plain one and fla is left out."""
-    scans = {f"{name}{suffix}": _scan(rule, backend) for name, rule in RULES.items() for suffix, backend in BACKENDS.items()}
+    """All that have kernels, by name; without a GPU attention is torch's plain one and fla is left out."""
+    rules = {name: rule for name, rule in RULES.items() if not scan_obstacle(rule, width=64, hidden=64)}
+    scans = {f"{name}{suffix}": _scan(rule, backend) for name, rule in rules.items() for suffix, backend in BACKENDS.items()}
     for suffix, backend in BACKENDS.items():
         scans[f"projection{suffix}"] = _self_modifying(RULES["mlp"], backend, whole=False)
         scans[f"self-modifying{suffix}"] = _self_modifying(RULES["mlp"], backend, whole=True)

@@ -79,6 +79,17 @@ def configuration(name: str, *, length: int, backend: str, recompute: str, rehea
     return config.model_copy(update={"model": with_backend(config.model, backend)})
 
 
+def no_kernel(name: str, backend: str, *, rehearse: bool) -> str:
+    """Why a configuration has no Triton scans, or ""."""
+    from hope_kernels.backend import scan_obstacle
+    from hope_pt.nn.titans import memory_rule
+
+    model = configuration(name, length=64, backend=backend, recompute="none", rehearse=rehearse).model
+    if model.mixer == "attention" or backend != "triton":
+        return ""
+    return scan_obstacle(memory_rule(model.titans), width=model.head_width, hidden=model.memory_hidden)
+
+
 def measure(config: Any, *, steps: int, which: str, device: torch.device) -> dict[str, Any]:
     """Seconds of the median step and peak memory of one case."""
     from tools.bench.trainers import build
@@ -118,7 +129,9 @@ def case(options: argparse.Namespace, model: str, length: int, backend: str, pea
     from hope_pt.nn import count_parameters, flops_per_token
 
     device = torch.device("cpu" if options.rehearse else "cuda")
-    row: dict[str, Any] = {"model": model, "length": length, "backend": backend}
+    row: dict[str, Any] = {"model": model, "length": length, "backend": backend, "recompute": "none"}
+    if obstacle := no_kernel(f"{model}_{options.size}", backend, rehearse=options.rehearse):
+        return row | {"no_kernel": obstacle}
     for recompute in ("none", "block"):
         config = configuration(f"{model}_{options.size}", length=length, backend=backend, recompute=recompute, rehearse=options.rehearse)
         row |= {"recompute": recompute, "parameters": count_parameters(config.model)["total"]}
@@ -182,8 +195,8 @@ def goals(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     head = f"{row['model']:<12} T {row['length']:>6} {row['backend']:<8} recompute {row['recompute']:<6}"
-    if "failed" in row:
-        return f"{head} FAILED {row['failed']}"
+    if "failed" in row or "no_kernel" in row:
+        return f"{head} {'FAILED ' + row['failed'] if 'failed' in row else row['no_kernel']}"
     mfu = ", ".join(f"{share:.1%} of {name}" for name, share in row["mfu"].items())
     return f"{head} {row['tokens_per_s']:>10,.0f} tokens/s  {row['tflops']:>7.1f} TFLOP/s ({mfu})  {row['peak_gib']:.1f} GiB"
 

@@ -75,8 +75,9 @@ class TitansConfig(Section):
     conv_width: PositiveInt = 4
     """Width of the causal depthwise convolution on q, k, v (NL 8.3)."""
     save_every: PositiveInt = 2048
-    """Tokens between memory states kept for the backward pass. A longer sequence is recomputed piece by piece, so its memory stays that of
-    one piece and the kept states; a sequence up to this length keeps everything and recomputes nothing."""
+    """Tokens that one piece of the scans has. Backward computes a sequence longer than this again, piece by piece: the fused kernels keep
+    the state at the start of every piece (and compute a single piece again too), plain torch keeps it at every chunk for the default rule.
+    In plain torch a sequence up to this length keeps everything and computes nothing twice."""
     backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of the scans; "auto" picks the fused kernels on a GPU where they compute this rule at these widths, else plain torch
     ("chunked"), and the engine logs which one runs."""

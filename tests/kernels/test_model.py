@@ -6,13 +6,13 @@ import torch
 from hope_pt.testing.models import random_tokens, small_lm
 from hope_pt.testing.scans import SCAN_FP32, mismatches
 
-LENGTH = 21
+LENGTH = 7
 
 
 def run(preset: str, backend: str, dtype: torch.dtype, **inputs) -> dict[str, torch.Tensor]:
     """Loss, end state (where one was asked for) and all gradients of a small model."""
     lm = small_lm(preset, backend=backend).to(dtype)
-    tokens = random_tokens(2, LENGTH)
+    tokens = random_tokens(1, LENGTH)
     logits, state = lm(tokens, **inputs)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     found = {"loss": loss.detach()}
@@ -24,13 +24,13 @@ def run(preset: str, backend: str, dtype: torch.dtype, **inputs) -> dict[str, to
     return found | dict(zip(names, gradients, strict=True))
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-@pytest.mark.parametrize("preset", ["paper", "fast"])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("preset", "packed"), [("paper", False), ("fast", True)])
 def test_model_on_kernels(preset, packed):
     inputs = {}
     if packed:
-        starts = torch.zeros(2, LENGTH, dtype=torch.bool)
-        starts[0, 7] = starts[1, 3] = starts[1, 12] = True
+        starts = torch.zeros(1, LENGTH, dtype=torch.bool)
+        starts[0, 3] = True
         inputs = {"doc_start_BT": starts, "return_state": True}
     got = run(preset, "triton", torch.float32, **inputs)
     wanted = run(preset, "chunked", torch.float64, **inputs)

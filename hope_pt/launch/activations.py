@@ -1,10 +1,10 @@
 """What a forward pass keeps for its backward pass, and what either needs beside it: found by running the real block on the meta device.
 
 Nothing is computed, launched or allocated: `AllocationCounter` follows the storages that the operations would make, so saved chunk
-boundaries, replay, workspaces and hand-written backward passes count as they are in the code, and the figures follow it when it changes. Where
-titans.backend is "triton" that is the code around the kernels. The core of a mixer is linear in rows and heads and costs many operations, so
-it is traced once with few of them and stands in the block as a block of bytes. megatron's linear layers and the messages of the head are
-imitated, because they need process groups: each function here says what of theirs it repeats.
+boundaries, replay, workspaces and hand-written backward passes count as they are in the code, and the figures follow it when it changes.
+Where titans.backend is "triton" that is the code around the kernels. The core of a mixer is linear in rows and heads and costs many
+operations, so it is traced once with few of them and stands in the block as a block of bytes. megatron's linear layers and the messages of
+the head are imitated, because they need process groups: each function here says what of theirs it repeats.
 Legend: B rows of a micro-batch, T tokens a rank holds of the residual stream, D width, V vocabulary of this rank.
 """
 
@@ -152,7 +152,8 @@ def _traced_core(model: ModelConfig, share: Share, heads: int) -> Passing:
         traced = CORES[model.mixer](model, num_heads=heads)
     _drop_gradients(traced.parameters())
     state, layout = None, _layout(model, share)
-    counter = AllocationCounter(traced.parameters())
+    shared = [] if layout is None else [value for value in vars(layout).values() if isinstance(value, Tensor)]  # by all blocks
+    counter = AllocationCounter([*traced.parameters(), *shared])
     with following(model, counter), _FusedAttention() if model.mixer == "attention" else contextlib.nullcontext():
         if share.continues:
             like = traced.init_state(share.rows, dtype=share.dtype, device=META, past=share.core_tokens)

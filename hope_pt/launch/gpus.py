@@ -7,8 +7,8 @@
 | h200 | NVIDIA H200 (SXM) data sheet: as H100 with 141 GB at 4.8 TB/s. DGX H200: 8 x 400 Gb/s                                  |
 | b200 | NVIDIA Blackwell architecture brief, HGX B200: 2,250 TF bf16, 80 TF fp32, 180 GB at 8 TB/s, NVLink 1.8 TB/s; 8 x 400 Gb/s |
 
-Streaming multiprocessors: A100 108, H100 and H200 132, from NVIDIA's white papers on Ampere and Hopper; B200 148, 74 on each of two dies, as CUDA
-reports them. NVLink figures there count both directions; here one. Memory is in decimal gigabytes, as sold.
+Streaming multiprocessors: A100 108, H100 and H200 132, from NVIDIA's white papers on Ampere and Hopper; B200 148, 74 on each of two dies,
+as CUDA reports them. NVLink figures there count both directions; here one. Memory is in decimal gigabytes, as sold.
 """
 
 from dataclasses import dataclass

@@ -37,10 +37,11 @@ def test_what_autograd_keeps_is_alive():
         assert counter.live == KIB, "the gradient"
 
 
-def test_kernels_and_traffic_leave_views_out():
+def test_kernels_and_traffic_leave_views_and_allocations_out():
     with AllocationCounter() as counter:
         a = torch.zeros(KIB // 4, device="meta")
         a.view(2, -1).mul_(2)
         torch.cat([a, a])
+        torch.empty_like(a)
     assert counter.kernels == 3
     assert counter.traffic == KIB + 2 * KIB + 4 * KIB

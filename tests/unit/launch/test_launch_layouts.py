@@ -19,11 +19,14 @@ from hope_pt.nn import count_parameters
 
 ROOT = Path(__file__).resolve().parents[3]
 ROW = re.compile(r"^\| (\w+_(?:170m|340m|760m|1p3b)) \| (\d+) \| ([^|]*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
-ROWS = ROW.findall((ROOT / "docs/layouts.md").read_text())
+LAYOUTS = (ROOT / "docs/layouts.md").read_text()
+ROWS = ROW.findall(LAYOUTS)
 TABLE = [(name, int(gpus), re.findall(r"[\w.]+=\w+", changes)) for name, gpus, changes, *_ in ROWS]
 DOCUMENTS, H100 = 4, GPUS["h100"]
-# Following the operations of one scan takes seconds, so a size of every mixer; the attention of the transformers takes none.
-TRACED = {"hope_1p3b", "titans_170m", *(name for name, *_ in TABLE if name.startswith("transformer_"))}
+# Following the operations of a scan in plain torch takes seconds, so one size; kernels and the attention of the transformers take none.
+TRACED = {"titans_170m", *(name for name, *_ in TABLE if name.startswith(("hope_", "transformer_")))}
+PAIR = r"([\d.]+, [\d.]+)"
+COMPARED = re.compile(rf"^\| (\w+) \| (\d+) \| ([^|]*) \| (\d) \| {PAIR} \| {PAIR} \| ([\d.]+) \|$", re.MULTILINE)
 
 
 def test_the_table_has_every_configuration_at_every_size():
@@ -58,3 +61,23 @@ def test_the_table_says_what_the_planner_says(row, layout):
         fullest = fullest_rank(config, mesh, documents=DOCUMENTS).total
         assert (f"{fullest / 1e9:.1f}", f"{step_time(config, mesh, H100, documents=DOCUMENTS).total:.2f}") == (row[3], row[5])
         assert fullest <= budget(H100)
+
+
+def compared(row, *, backend: str) -> tuple[float, float]:
+    """(GB of the fullest rank, seconds of a step) of a row of the table of both implementations."""
+    name, gpus, changes, documents, *_ = row
+    changes = [*re.findall(r"[\w.]+=\w+", changes), f"model.titans.backend={backend}"]
+    config = load(ROOT / "configs" / f"{name}.toml", changes)
+    mesh, documents = check_mesh(config, world_size=int(gpus)), int(documents)
+    fullest = fullest_rank(config, mesh, documents=documents).total
+    return fullest / 1e9, step_time(config, mesh, H100, documents=documents).total
+
+
+@pytest.mark.parametrize("row", COMPARED.findall(LAYOUTS), ids=lambda row: "-".join(row[i] for i in (0, 1, 3)))
+def test_the_table_of_both_implementations_says_what_the_planner_says(row):
+    """The kernels in every row, plain torch, which takes seconds to follow, in those of one kind."""
+    peak, seconds = compared(row, backend="triton")
+    assert f"{peak:.1f}, {seconds:.2f}" == row[5]
+    if row[0] == "hope_1p3b" and row[3] == "4":
+        peak, slower = compared(row, backend="chunked")
+        assert (f"{peak:.1f}, {slower:.2f}", f"{slower / seconds:.1f}") == (row[4], row[6])

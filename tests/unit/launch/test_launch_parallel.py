@@ -65,4 +65,5 @@ def test_a_step_needs_what_was_planned(measured, layout):
     for stage in range(mesh.pipeline):
         fullest = max(found[layout] for rank, found in enumerate(measured) if mesh.coordinates(rank)["pipeline"] == stage)
         planned = rank_bytes(config, mesh, stage=stage)
-        assert planned.activations + planned.working + planned.buffers == pytest.approx(fullest, rel=tolerance), f"stage {stage}"
+        # megatron makes its buffers for gathered inputs in the first step and keeps them: the counter of a later one does not see them
+        assert planned.activations + planned.working == pytest.approx(fullest, rel=tolerance), f"stage {stage}"

@@ -34,6 +34,14 @@ def test_more_documents_need_more_memory(settings, capsys):
     assert peak(3) > peak(1)
 
 
+def test_an_estimate_says_what_scans_it_is_for(settings, capsys, monkeypatch):
+    assert "the scans are planned in plain torch" in output(capsys, "estimate", settings, "engine.device=cpu", "--gpus", 1)
+    assert "the scans are planned with the fused Triton kernels" in output(capsys, "estimate", settings, "engine.device=cuda", "--gpus", 1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = output(capsys, "estimate", settings, "engine.device=cuda", "--gpus", 1)
+    assert "memory and time are those of plain torch" in said and "triton is not installed on this machine" in said
+
+
 def test_estimate_mistakes(settings, fails):
     assert "--gpu v100: unknown" in fails("estimate", settings, "--gpu", "v100")
     assert "--gpus 0" in fails("estimate", settings, "--gpus", 0)

@@ -153,11 +153,11 @@ def test_which_scans_are_planned(monkeypatch):
     for changes in ({"engine.device": "cpu"}, {"model.titans.backend": "chunked"}):
         assert (planned(**changes).backend, planned(**changes).note) == ("chunked", "")
     assert planned(**{"model.titans.backend": "reference"}).backend == "reference"
-    without = planned(**{"model.titans.momentum": "titans"})
-    assert without.backend == "chunked" and without.note == 'the scans run in plain torch: momentum = "titans" has no kernel'
+    without = planned(**{"model.titans.dgd_scope": "layerwise"})
+    assert without.backend == "chunked" and without.note == 'the scans run in plain torch: dgd_scope = "layerwise" has no kernel'
     assert "a convolution of width 3 has no kernel" in planned(**{"model.titans.conv_width": 3}).note
-    with pytest.raises(ConfigError, match='backend = "triton" cannot run: momentum'):
-        planned(**{"model.titans.momentum": "titans", "model.titans.backend": "triton"})
+    with pytest.raises(ConfigError, match='backend = "triton" cannot run: dgd_scope'):
+        planned(**{"model.titans.dgd_scope": "layerwise", "model.titans.backend": "triton"})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert planned().backend == "chunked"
     note = planned().note

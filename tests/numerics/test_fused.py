@@ -5,6 +5,7 @@ import torch
 
 from hope_kernels import fused
 from hope_kernels.memory_scan import chunked, memory_scan
+from hope_kernels.pointwise import chunked as pointwise
 from hope_kernels.pointwise.chunked import conv_silu, norm_gate
 from hope_kernels.projection_scan.generate import Readout, gates, gates_backward
 from hope_kernels.rule import MemoryRule, MemoryState
@@ -156,8 +157,10 @@ def test_a_long_scan_computes_again_what_a_short_one_keeps(read):
             assert torch.equal(kept[name], again[name]), name
 
 
-@pytest.mark.parametrize("length", [1, 3, 6])
-def test_conv_silu(length):
+@pytest.mark.parametrize("length", [1, 3, 6, 18, 33])
+def test_conv_silu(length, monkeypatch):
+    """Up to three tiles, the last one of one or two tokens."""
+    monkeypatch.setattr(pointwise, "TILE_TOKENS", 1)
     x, weight = leaf(2, length, 2, K), leaf(2, K, 4)
     assert torch.autograd.gradcheck(conv_silu, (x, weight))
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 3, 0))

@@ -8,32 +8,52 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+TILE_TOKENS = 128
+"""Tokens of a batch that the convolution takes at once: every pass but the first finds them in the cache."""
+
+
+def _tiles(x: torch.Tensor) -> list[tuple[int, int]]:
+    """(first token, end token) of every tile of x [B, T, ...]."""
+    step = max(16, TILE_TOKENS // max(1, x.shape[0]))
+    return [(first, min(first + step, x.shape[1])) for first in range(0, x.shape[1], step)]
+
 
 class _ConvSilu(torch.autograd.Function):
     """See `conv_silu`: y = silu(pre), pre_t = sum_s w_s x_{t-s}, so dx_t = sum_s w_s dpre_{t+s} and dw_s = sum_t dpre_t x_{t-s}."""
 
     @staticmethod
     def forward(ctx, x, weight):
-        taps = weight.shape[-1]
-        pre = x * weight[..., -1]
-        for back in range(1, taps):
-            pre[:, back:].addcmul_(x[:, : max(0, x.shape[1] - back)], weight[..., taps - 1 - back])
-        ctx.save_for_backward(x, weight, pre)
-        return F.silu(pre)
+        taps = weight.movedim(-1, 0).flip(0).contiguous()  # w_s, features side by side
+        pre, y = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+        for first, end in _tiles(x):
+            torch.mul(x[:, first:end], taps[0], out=pre[:, first:end])
+            for back in range(1, len(taps)):
+                start = min(max(first, back), end)
+                pre[:, start:end].addcmul_(x[:, start - back : max(0, end - back)], taps[back])
+            torch.ops.aten.silu.out(pre[:, first:end], out=y[:, first:end])
+        ctx.save_for_backward(x, taps, pre)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        x, weight, pre = ctx.saved_tensors
-        length, taps = x.shape[1], weight.shape[-1]
-        d_pre = torch.ops.aten.silu_backward(upstream, pre)
-        d_x = d_pre * weight[..., -1]
-        d_weight = [(d_pre * x).sum((0, 1))]
-        for back in range(1, taps):
-            end = max(0, length - back)
-            d_x[:, :end].addcmul_(d_pre[:, back:], weight[..., taps - 1 - back])
-            d_weight.append((d_pre[:, back:] * x[:, :end]).sum((0, 1)))
-        return d_x, torch.stack(d_weight[::-1], -1)
+        x, taps, pre = ctx.saved_tensors
+        tiles = _tiles(x)
+        longest = max((end - first for first, end in tiles), default=0)
+        d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        d_taps = torch.zeros(len(taps), x.shape[0], longest, *x.shape[2:], dtype=x.dtype, device=x.device)  # summed over tiles
+        buffer = torch.empty_like(d_taps[0])
+        for first, end in tiles:
+            d_pre = buffer[:, : end - first]
+            torch.ops.aten.silu_backward.grad_input(upstream[:, first:end], pre[:, first:end], grad_input=d_pre)
+            torch.mul(d_pre, taps[0], out=d_x[:, first:end])
+            d_taps[0, :, : end - first].addcmul_(d_pre, x[:, first:end])
+            for back in range(1, len(taps)):
+                start = min(max(first, back), end)
+                flow, sources = d_pre[:, start - first :], slice(start - back, max(0, end - back))
+                d_x[:, sources].addcmul_(flow, taps[back])
+                d_taps[back, :, start - first : end - first].addcmul_(flow, x[:, sources])
+        return d_x, d_taps.sum((1, 2)).flip(0).movedim(0, -1)
 
 
 def conv_silu(x_BTHX: torch.Tensor, weight_HXW: torch.Tensor) -> torch.Tensor:

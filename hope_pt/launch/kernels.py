@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hope_kernels.backend import scan_obstacle
-from hope_kernels.pointwise import WIDTH
 from hope_pt.config.schema import ModelConfig, RunConfig
 from hope_pt.errors import ConfigError
 from hope_pt.launch.allocations import AllocationCounter
@@ -31,15 +30,15 @@ def scans(config: RunConfig) -> Scans:
         return Scans(wanted)
     if config.engine.device == "cpu":
         return Scans("chunked")
-    obstacle = scan_obstacle(memory_rule(model.titans), width=model.head_width, hidden=model.memory_hidden)
+    titans = model.titans
+    rule = memory_rule(titans)
+    obstacle = scan_obstacle(rule, width=model.head_width, hidden=model.memory_hidden, conv_width=titans.conv_width)
     if wanted == "triton" and obstacle:
         raise ConfigError(f'model.titans.backend = "triton" cannot run: {obstacle}; use "auto" or "chunked"')
     if obstacle:
         return Scans("chunked", f"the scans run in plain torch: {obstacle}")
     if importlib.util.find_spec("triton") is None:
         return Scans("chunked", _imitated("triton is not installed on this machine"))
-    if model.titans.conv_width != WIDTH:
-        return Scans("chunked", _imitated(f"a convolution of width {model.titans.conv_width} has no kernel, but the scans have"))
     return Scans("triton")
 
 

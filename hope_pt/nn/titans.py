@@ -75,7 +75,8 @@ class TitansCore(nn.Module):
     def backend(self, device: torch.device) -> tuple[str, str]:
         """(implementation of the scans on a device, why not Triton's or "")."""
         hidden = self.mem_weights[0].shape[-2]
-        return scan_backend(self.config.backend, rule=self.rule, width=self.head_width, hidden=hidden, device=device)
+        taps = self.conv_weight.shape[-1]
+        return scan_backend(self.config.backend, rule=self.rule, width=self.head_width, hidden=hidden, conv_width=taps, device=device)
 
     @property
     def features_per_head(self) -> int:
@@ -96,7 +97,7 @@ class TitansCore(nn.Module):
         inputs, tail, opened = self._streams(qkv, logit[0].squeeze(-1) if logit else None, state, layout)
         generated, memory = self._scans(inputs, state, layout, keep=state is not None)
         y_BHTK = generated if layout is None else layout.from_grid(generated.transpose(1, 2)).transpose(1, 2)
-        y_BTHK = norm_gate(y_BHTK, self.out_norm, gate, eps=self.norm_eps, backend=self.config.backend)
+        y_BTHK = norm_gate(y_BHTK, self.out_norm, gate, eps=self.norm_eps, backend=self.backend(gate.device)[0])
         new_state = None if state is None else {**memory, "tail": tail, **opened}
         return y_BTHK.flatten(2), new_state
 
@@ -108,10 +109,11 @@ class TitansCore(nn.Module):
     def _streams(self, qkv_BTHX: torch.Tensor, logit_BTH: torch.Tensor | None, state: LayerState | None, layout: Layout | None):
         wide = torch.promote_types(qkv_BTHX.dtype, torch.float32)
         # the fused kernels take bf16 operands and compute gates, states and sums in fp32; plain torch computes in one dtype
-        operands = qkv_BTHX.dtype if self.backend(qkv_BTHX.device)[0] == "triton" else wide
+        backend, _ = self.backend(qkv_BTHX.device)
+        operands = qkv_BTHX.dtype if backend == "triton" else wide
         mu = F.logsigmoid(logit_BTH.to(wide) + self.mu_bias.to(wide)) if self.rule.momentum else None
         if layout is None:
-            q, k, v = conv_silu(qkv_BTHX, self.conv_weight, dtype=operands, backend=self.config.backend)
+            q, k, v = conv_silu(qkv_BTHX, self.conv_weight, dtype=operands, backend=backend)
             return Inputs(k, v, q, None, None if mu is None else mu.transpose(1, 2)), None, {}
         conv, tail = causal_conv(qkv_BTHX.to(wide), self.conv_weight.to(wide), None if state is None else state["tail"], layout)
         streams = layout.to_grid(F.silu(conv), None if state is None else state["open"])

@@ -42,8 +42,14 @@ def triton_obstacle(device: torch.device) -> str:
     return "" if device.type == "cpu" and interpreted() else f"the device is {device.type}, not cuda"
 
 
-def scan_obstacle(rule: MemoryRule, *, width: int, hidden: int) -> str:
-    """Why the Triton scans do not compute a rule at head width K and hidden width F, or ""."""
+CONV_WIDTH = 4
+"""Taps of the convolution that has a kernel."""
+
+
+def scan_obstacle(rule: MemoryRule, *, width: int, hidden: int, conv_width: int = CONV_WIDTH) -> str:
+    """Why Triton does not compute the scans of a rule at head width K and hidden width F, or the convolution before them, or ""."""
+    if conv_width != CONV_WIDTH:
+        return f"a convolution of width {conv_width} has no kernel"
     if rule.objective == "dot":
         return 'objective = "dot" has no kernel'
     if rule.momentum:
@@ -57,13 +63,15 @@ def scan_obstacle(rule: MemoryRule, *, width: int, hidden: int) -> str:
 
 
 @functools.cache
-def scan_backend(backend: str, *, rule: MemoryRule, width: int, hidden: int, device: torch.device) -> tuple[str, str]:
+def scan_backend(
+    backend: str, *, rule: MemoryRule, width: int, hidden: int, device: torch.device, conv_width: int = CONV_WIDTH
+) -> tuple[str, str]:
     """(implementation of both memory scans, what keeps Triton's from being used or "").
 
     width, hidden: head width K and hidden width F. Off a GPU "auto" is plain torch even where the kernels could be run or followed.
     Raises ValueError for a forced backend that cannot run.
     """
-    obstacle = triton_obstacle(device) or scan_obstacle(rule, width=width, hidden=hidden)
+    obstacle = triton_obstacle(device) or scan_obstacle(rule, width=width, hidden=hidden, conv_width=conv_width)
     if backend == "auto" and device.type != "cuda":
         return "chunked", obstacle or f"the device is {device.type}, not cuda"
     return choose("memory scans", backend=backend, obstacle=obstacle), obstacle

@@ -17,16 +17,17 @@ def bfloat16():
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """`torch.empty` and `torch.empty_like` give NaN (and the largest integer), so that what a kernel leaves out shows."""
+    """`torch.empty`, `torch.empty_like`, `Tensor.new_empty` give NaN (or the largest integer): what a kernel leaves out shows."""
 
     def poison(tensor):
         if tensor.dtype == torch.bool:
             return tensor.fill_(True)
         return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
-    empty, empty_like = torch.empty, torch.empty_like
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
 
 
 @pytest.fixture(scope="session")

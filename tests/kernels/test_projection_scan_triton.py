@@ -7,7 +7,7 @@ import torch
 
 from hope_kernels.projection_scan import BACKENDS, Generated, Inputs, Readout
 from hope_kernels.projection_scan.chunked import write_chunk
-from hope_kernels.projection_scan.triton_ import scan, supports
+from hope_kernels.projection_scan.triton_ import scan
 from hope_kernels.rule import ChunkMasks, MemoryRule
 from hope_pt.testing.scans import (
     Size,
@@ -167,7 +167,5 @@ def test_operator(device):
 
 def test_what_is_not_supported():
     """Says why."""
-    assert not supports(MemoryRule())
-    assert "momentum" in supports(MemoryRule(momentum=True))
     with pytest.raises(ValueError, match="float64"):
         run_projection(projection_leaves(MemoryRule(), size=SMALL), MemoryRule(), chunk=16, backend="triton")

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"{' and '.join(missing)} missing; see requirements/gpu.txt")
     if not found.rehearse and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --rehearse runs the program on the CPU")
+    if found.rehearse and found.tune and found.tuning == TUNING:
+        parser.error("--rehearse --tune times nothing real: name another file with --tuning")
     if found.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
         found.small, found.jobs = True, min(1, found.jobs)
@@ -89,12 +92,13 @@ def sanitize(seed: int) -> dict[str, str]:
     found: dict[str, str] = {}
     for tool in SANITIZERS:
         check = [sys.executable, "-m", "tools.bench.gpu", "--sections", "checks", "--small", "--jobs", "0", "--seed", str(seed)]
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *check, "--out", "/dev/null"]
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
-        except subprocess.TimeoutExpired:
-            found[tool] = f"not finished in {SANITIZER_SECONDS} s"
-            continue
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *check, "--out", folder]
+            try:
+                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
+            except subprocess.TimeoutExpired:
+                found[tool] = f"not finished in {SANITIZER_SECONDS} s"
+                continue
         text = done.stdout + done.stderr
         if "Device not supported" in text:
             found[tool] = "cannot run on this machine: device not supported"

@@ -22,6 +22,8 @@ from hope_kernels.rule import MemoryRule
 from hope_pt.testing.scans import Size, memory_leaves, projection_leaves, random_masks, run_memory, run_projection, states, with_gradients
 
 FP32, BF16_VALUES, BF16_GRADIENTS = 1e-5, 5e-3, 1.5e-2
+BF16_STATE = 1e-2
+"""End states of the memory scan: rounding the anchor before it meets the keys costs 3e-3 to 5e-3 by itself (docs/log.md)."""
 NEWTON_SCHULZ = 1.5
 """In bf16 the iteration is chaotic in its last bits: no worse than this times plain torch in the same dtype."""
 Tensors = dict[str, torch.Tensor]
@@ -145,15 +147,21 @@ def _wide(t: torch.Tensor) -> torch.Tensor:
 
 
 def _compare(got: Tensors, again: Tensors, wanted: Tensors, dtype: torch.dtype) -> Found:
-    """Errors against the float64 run; `again` must equal `got` bit for bit, except in gradients, which may be summed in any order."""
+    """Errors against the float64 run; `again` must equal `got` bit for bit: no kernel sums in an order that time decides."""
     errors = {n: _error(t, wanted[n]) for n, t in got.items()}
     values = max(e for n, e in errors.items() if not _is_gradient(n))
     gradients = max((e for n, e in errors.items() if _is_gradient(n)), default=0.0)
     narrow = dtype == torch.bfloat16
-    limits = {n: (BF16_GRADIENTS if _is_gradient(n) else BF16_VALUES) if narrow else FP32 for n in got}
+    limits = {n: _bf16_limit(n) if narrow else FP32 for n in got}
     wrong = [f"{n} {errors[n]:.1e}" for n in got if not errors[n] <= limits[n]]
-    wrong += [f"{n} differs in a second run" for n in got if not _is_gradient(n) and not torch.equal(got[n], again[n])]
+    wrong += [f"{n} differs in a second run" for n in got if not torch.equal(got[n], again[n])]
     return Found(values, gradients, ", ".join(wrong))
+
+
+def _bf16_limit(name: str) -> float:
+    if _is_gradient(name):
+        return BF16_GRADIENTS
+    return BF16_STATE if name.startswith("end.") else BF16_VALUES
 
 
 def _error(got: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from hope_kernels import newton_schulz, pointwise
+from hope_kernels.backend import CONV_WIDTH
 from hope_kernels.linear_cross_entropy import linear_cross_entropy
 from tools.bench.device import Bench
 from tools.bench.gpu_ops import Op, Shape, floor_bytes, operations
@@ -115,7 +116,7 @@ def pointwise_rows(bench: Bench, *, small: bool) -> Iterator[Row]:
     size, unit = (batch, tokens, heads), batch * tokens * heads * width * 2
 
     def conv(seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        leaves = [_normal((*size, 3 * width), seed, bench.device), torch.randn(heads, 3 * width, pointwise.WIDTH, device=bench.device)]
+        leaves = [_normal((*size, 3 * width), seed, bench.device), torch.randn(heads, 3 * width, CONV_WIDTH, device=bench.device)]
         return leaves, [_normal((batch, heads, tokens, width), seed + i, bench.device) for i in range(3)]
 
     def norm(seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

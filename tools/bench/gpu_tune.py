@@ -61,7 +61,9 @@ def tune(bench: Bench, shape: tuple[int, int, int]) -> tuple[dict[str, Any], lis
             continue
         batch, heads, tokens = shape
         found = [_best_warps(bench, key, Tuning(tile, dict(entry.warps)), Shape(batch, heads, tokens, key[0]), timings) for tile in TILES]
-        _, winner = min(found, key=lambda each: each[0])
+        least, winner = min(found, key=lambda each: each[0])
+        if least == float("inf"):
+            raise RuntimeError(f"no tile and warps of {name} could be timed: {timings[-1]['failed']}; the table stays as it was")
         best[name] = {"tile": winner.tile, "warps": winner.warps}
     return best, timings
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from hope_kernels.chunk import decay
 from hope_kernels.chunk_terms.tiles import join_tiles, split_tiles
 from hope_kernels.tiling import Tiling
+from hope_kernels.triton_support import operator
 from hope_kernels.tuning import padded, tuning
 
 FORWARD_SLICE, BACKWARD_SLICE = 64, 32
@@ -140,7 +141,7 @@ def _unit_lower_inverse(system, inverse, SIZE: tl.constexpr, TILE: tl.constexpr,
     tl.store(inverse + at, solved, there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])  # or every chunk of a scan would be compiled anew
 def _terms_forward(
     k, q, eta, log_alpha, g, g_prev, w, g_end, y, m, n, inverse, first_tile, num_tiles, tokens,
     K: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, ERASE: tl.constexpr,
@@ -191,7 +192,7 @@ def _or_zero(x, rows, live, TILE: tl.constexpr):
         return tl.load(x + rows, live, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile"])  # or every chunk of a scan would be compiled anew
 def _terms_backward(
     d_g, d_g_prev, d_w, d_g_end, d_y, d_m, d_n, k, q, eta, log_alpha, y, m, inverse, d_k, d_q, d_eta, d_log_alpha,
     first_tile, num_tiles, tokens,
@@ -365,7 +366,7 @@ def chunk_terms_backward(
     return out
 
 
-@torch.library.custom_op("hope_kernels::chunk_inverse", mutates_args=())
+@operator("chunk_inverse")
 def chunk_inverse(k: torch.Tensor, eta: torch.Tensor, log_alpha: torch.Tensor, chunk: int, tile: int) -> torch.Tensor:
     """See `hope_kernels.chunk_terms.chunk_inverse`."""
     tiling = Tiling(k.shape[1], chunk, tile)
@@ -405,7 +406,7 @@ def _chunk_inverse_backward(ctx, d_inverse):
 chunk_inverse.register_autograd(_chunk_inverse_backward, setup_context=_save_chunk_inverse)
 
 
-@torch.library.custom_op("hope_kernels::unit_lower_inverse", mutates_args=())
+@operator("unit_lower_inverse")
 def unit_lower_inverse(system: torch.Tensor, precise: bool) -> torch.Tensor:
     """See `hope_kernels.chunk_terms.unit_lower_inverse`."""
     size = system.shape[-1]

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from hope_kernels.linear_cross_entropy import chunked
+from hope_kernels.triton_support import operator
 
 BLOCK = 1024
 """Columns that a program holds at a time: with 4 warps 8 a thread, a 16-byte load of bf16."""
@@ -67,7 +68,7 @@ def _gradient(
     return logits_NC
 
 
-@torch.library.custom_op("hope_kernels::vocabulary_statistics", mutates_args=())
+@operator("vocabulary_statistics")
 def _op(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return chunked.forward_blocks(hidden_ND, weight_VD, targets_N, statistics=_statistics)
 
@@ -77,7 +78,7 @@ def _(hidden_ND, weight_VD, targets_N):
     return tuple(hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("hope_kernels::vocabulary_statistics_backward", mutates_args=())
+@operator("vocabulary_statistics_backward")
 def _backward_op(
     hidden_ND: torch.Tensor,
     weight_VD: torch.Tensor,

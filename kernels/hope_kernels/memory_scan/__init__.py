@@ -43,8 +43,8 @@ def memory_scan(
 
     q, k, v: [B, H, T, K]; eta, log_alpha, log_mu: [B, H, T], log_mu exactly where rule.momentum. state: the anchor before the first
     token; start: the state to return to where masks.reset_BN (N = ceil(T / chunk)). read: "causal" (the state after the token) or
-    "anchor" (the state at the start of its chunk). save_every: tokens between states kept for backward; a longer sequence is replayed piece
-    by piece. keep_state: whether the state after the last chunk is wanted.
+    "anchor" (the state at the start of its chunk). save_every: tokens of a piece; what is kept for backward of a sequence longer than
+    that is less, and computed again. keep_state: whether the state after the last chunk is wanted.
     Returns y [B, H, T, K] and the state after the last chunk or None (a last partial chunk is written too, unless masks.commit_BN says no).
     Raises ValueError for an unknown backend or read.
     """

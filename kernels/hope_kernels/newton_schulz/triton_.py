@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from hope_kernels.newton_schulz.chunked import iterate
+from hope_kernels.triton_support import operator
 from hope_kernels.tuning import padded
 
 MAX_BLOCK = {torch.bfloat16: (128, 64), torch.float32: (64, 32)}
@@ -128,7 +129,7 @@ def gram_polynomial(x_BMN: torch.Tensor, b: float, c: float) -> torch.Tensor:
     return symmetric_product(gram, scale=c, add_BMM=gram, add_scale=b)
 
 
-@torch.library.custom_op("hope_kernels::newton_schulz", mutates_args=())
+@operator("newton_schulz")
 def _newton_schulz(x: torch.Tensor, steps: int, coefficients: list[float], eps: float, dtype: torch.dtype) -> torch.Tensor:
     a, b, c = coefficients
     rows, columns = x.shape[-2:]

@@ -10,12 +10,10 @@ Legend: B batch, T tokens, H heads, K head width, W convolution width.
 
 import torch
 
-from hope_kernels.backend import choose, triton_obstacle
+from hope_kernels.backend import CONV_WIDTH, choose, triton_obstacle
 from hope_kernels.pointwise import chunked, reference
 
 TORCH = {"chunked": chunked, "reference": reference}
-WIDTH = 4
-"""Taps of the convolution that has a kernel."""
 
 
 def conv_silu(
@@ -31,7 +29,7 @@ def conv_silu(
     if x_BTHX.shape[-1] % 3 or weight_HXW.shape[:-1] != x_BTHX.shape[2:]:
         shapes = f"x {tuple(x_BTHX.shape)} and weight {tuple(weight_HXW.shape)}"
         raise ValueError(f"conv_silu takes x [B, T, H, 3 K] and weight [H, 3 K, W], got {shapes}")
-    obstacle = "" if weight_HXW.shape[-1] == WIDTH else f"a convolution of width {weight_HXW.shape[-1]} has no kernel"
+    obstacle = "" if weight_HXW.shape[-1] == CONV_WIDTH else f"a convolution of width {weight_HXW.shape[-1]} has no kernel"
     backend = _backend("conv_silu", backend, x_BTHX.device, (x_BTHX.dtype, dtype), obstacle)
     if backend == "triton":
         from hope_kernels.pointwise import triton_

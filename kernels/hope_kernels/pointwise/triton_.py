@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hope_kernels.triton_support import operator
 from hope_kernels.tuning import DEFAULT_WARPS, padded, tuning
 
 CONV_ELEMENTS, NORM_ELEMENTS = 4, 16
@@ -288,7 +289,7 @@ def rows_of(width: int, *, warps: int, elements: int) -> int:
     return max(1, warps * 32 * elements // padded(width))
 
 
-@torch.library.custom_op("hope_kernels::conv_silu", mutates_args=())
+@operator("conv_silu")
 def _conv_silu(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, tokens, heads, features = x.shape
     width, warps = features // 3, warps_of("conv_silu_forward", features // 3)
@@ -308,7 +309,7 @@ def _(x, weight, dtype):
     return q, k, v
 
 
-@torch.library.custom_op("hope_kernels::conv_silu_backward", mutates_args=())
+@operator("conv_silu_backward")
 def _conv_silu_backward(
     x: torch.Tensor, weight: torch.Tensor, d_q: torch.Tensor, d_k: torch.Tensor, d_v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -346,7 +347,7 @@ def conv_silu(x_BTHX: torch.Tensor, weight_HXW: torch.Tensor, dtype: torch.dtype
     return _conv_silu(x_BTHX, weight_HXW, dtype)
 
 
-@torch.library.custom_op("hope_kernels::norm_gate", mutates_args=())
+@operator("norm_gate")
 def _norm_gate(y: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float) -> torch.Tensor:
     batch, heads, tokens, width = y.shape
     warps = warps_of("norm_gate_forward", width)
@@ -364,7 +365,7 @@ def _(y, weight, gate, eps):
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("hope_kernels::norm_gate_backward", mutates_args=())
+@operator("norm_gate_backward")
 def _norm_gate_backward(
     d_out: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

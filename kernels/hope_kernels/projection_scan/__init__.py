@@ -41,7 +41,8 @@ def projection_scan(
 
     inputs: the static streams [B, H, T, K]; readout: parameters of eta and alpha; state: stacked anchors [B, H, S, ...] in the order of
     `stack` (names among k, v, q, eta, alpha), None where the stack is empty. masks.commit_BN and reset_BN have N = ceil(T / chunk).
-    keep_state: whether the state after the last chunk is wanted. Returns the generated streams and that state or None.
+    save_every as in `memory_scan`. keep_state: whether the state after the last chunk is wanted. Returns the generated streams and that
+    state or None.
     """
     return BACKENDS[backend](
         inputs,

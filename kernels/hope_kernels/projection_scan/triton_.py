@@ -29,6 +29,7 @@ from hope_kernels.projection_scan.generate_triton import (
 )
 from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
 from hope_kernels.tiling import Tiling
+from hope_kernels.triton_support import operator
 from hope_kernels.tuning import padded, tuning
 
 RUN = 8
@@ -202,7 +203,7 @@ def _rows(weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty(w.shape, dtype=torch.float32, device=w.device).copy_(w).flatten(0, 2) for w in weights)
 
 
-@torch.library.custom_op("hope_kernels::projection_scan", mutates_args=())
+@operator("projection_scan")
 def scan(
     streams: Sequence[torch.Tensor],
     live: torch.Tensor | None,
@@ -371,7 +372,7 @@ def _backward_segment(
     return d_x
 
 
-@torch.library.custom_op("hope_kernels::projection_scan_backward", mutates_args=())
+@operator("projection_scan_backward")
 def scan_backward(
     upstream: Sequence[torch.Tensor],
     d_ends: Sequence[torch.Tensor],
@@ -453,11 +454,6 @@ def _autograd_backward(ctx, grads):
 
 
 scan.register_autograd(_autograd_backward, setup_context=_setup_context)
-
-
-def supports(rule: MemoryRule) -> str:
-    """Why the op does not compute a rule, or ""."""
-    return "momentum has no kernel" if rule.momentum else ""
 
 
 def projection_scan(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hope_kernels import fused
 from hope_pt.config.schema import ModelConfig, RunConfig
 from hope_pt.engine.mesh import Mesh
 from hope_pt.launch import activations
@@ -93,7 +94,7 @@ def in_flight(mesh: Mesh, *, stage: int) -> int:
 def boundary_bytes(config: RunConfig, share: Share) -> int:
     """Memory states that one block keeps for one micro-batch: at every chunk, or with replay at every titans.save_every tokens.
 
-    Kernels always replay.
+    Kernels always replay, plain torch does beyond that length where `fused` has no form of the rule.
     """
     model, titans, tokens = config.model, config.model.titans, share.core_tokens
     if model.mixer != "titans":
@@ -101,7 +102,7 @@ def boundary_bytes(config: RunConfig, share: Share) -> int:
     rule = memory_rule(titans)
     hidden = model.memory_hidden if titans.memory == "mlp" else model.head_width
     memory = FP32 * rule.num_layers * (2 if rule.momentum else 1) * model.head_width * hidden
-    replayed = tokens > titans.save_every or scans(config).backend == "triton"
+    replayed = scans(config).backend == "triton" or (tokens > titans.save_every and not fused.supports(rule))
     mem, proj = (-(-tokens // (titans.save_every if replayed else chunk)) for chunk in (titans.chunk_mem, titans.chunk_proj))
     return memory * share.rows * core_heads(config, share) * (mem + proj * len(adaptive_streams(titans)))
 

@@ -45,8 +45,10 @@ def judge(folder: Path, arch: str, only: str, *, update: bool, jobs: int) -> lis
             findings.append(f"{name}: does not compile: {reason}")
             continue
         print(f"{name:<{width}} {' '.join(f'{getattr(found, column):>13}' for column in COLUMNS)}", flush=True)
-        good[name] = found
-        findings += [f"{name}: {line}" for line in gate.over_limits(cases[name], found)]
+        broken_limits = gate.over_limits(cases[name], found)
+        findings += [f"{name}: {line}" for line in broken_limits]
+        if not broken_limits:
+            good[name] = found
         if stored and not update:
             differs = gate.changes(found, stored[name]) if name in stored else ["not in the baseline"]
             findings += [f"{name}: {line}; run with --update if meant" for line in differs]

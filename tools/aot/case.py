@@ -17,7 +17,7 @@ class Case:
     bytes, an int for itself as at run time (Triton specialises on 1 and on multiples of 16); None and values of constexpr parameters
     are what they are.
     min_mma: least number of HGMMA (sm_90a) or UTCHMMA (sm_100a) instructions; 0 for a kernel without products.
-    hmma_reason: why some products are too small for those; then HMMA count towards min_mma.
+    hmma_reason: why some products are too small for those; then HMMA count towards min_mma. Without a reason none is allowed.
     max_registers: of a thread. max_shared: bytes of a block.
     """
 

@@ -66,10 +66,12 @@ def _load(path: Path) -> ModuleType:
 def over_limits(case: Case, found: Figures) -> list[str]:
     """What of a compilation breaks a limit."""
     products = found.mma + (found.hmma if case.hmma_reason else 0)
+    counted = "HGMMA, UTCHMMA or HMMA" if case.hmma_reason else "HGMMA or UTCHMMA"
+    unexplained = f"; {found.hmma} HMMA and no hmma_reason" if found.hmma and not case.hmma_reason else ""
     checks = {
         f"spills: {found.stack} B of stack, {found.local} local loads and stores": found.stack or found.local,
-        f"{products} matrix instructions (HGMMA or UTCHMMA{', HMMA' if case.hmma_reason else ''}), at least {case.min_mma} wanted": (
-            products < case.min_mma
+        f"{products} matrix instructions ({counted}), at least {case.min_mma} wanted{unexplained}": (
+            products < case.min_mma or bool(unexplained)
         ),
         f"{found.registers} registers, at most {case.max_registers} allowed": found.registers > case.max_registers,
         f"{found.shared} B of shared memory, at most {case.max_shared} allowed": found.shared > case.max_shared,

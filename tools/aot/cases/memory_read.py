@@ -33,7 +33,8 @@ def case(kernel: str, width: int, *, memory: str, read: str, momentum: bool = Fa
     arguments |= {"ADDS": True, "PRECISION": None}
     arguments = {name: arguments[name] for name in function.arg_names}
     warps = entry.warps_of("read_forward" if kernel == "read_forward" else "read_backward")
-    return Case(f"{kernel}_{memory}_{'momentum' if momentum else read}_{width}", function, arguments, warps)
+    small = "products of tile by tile have 32 rows" if entry.tile < 64 else None
+    return Case(f"{kernel}_{memory}_{'momentum' if momentum else read}_{width}", function, arguments, warps, hmma_reason=small)
 
 
 def cases() -> list[Case]:

@@ -19,6 +19,7 @@ from torch import nn
 from hope_pt.config import ModelConfig
 from hope_pt.config.schema import CMSConfig, TitansConfig
 from hope_pt.nn import HopeBlock
+from hope_pt.nn.init import init_parameters
 from tools.bench.common import ROOT, cpu_seconds, environment, peak_mib, write_results
 
 WIDTH, HEADS = 256, 4
@@ -32,13 +33,15 @@ GOAL_LINEAR = 1.25
 
 
 def build(case: str) -> HopeBlock:
-    """The block of a case: "hope" (chunks 64/256), "hope_16" (chunks 16/16) or "transformer"."""
-    torch.manual_seed(0)
-    if case in PRESETS:
-        return HopeBlock(_hope_config(case))
-    goal = _size(HopeBlock(_hope_config("hope")))
-    least = HopeBlock(_transformer_config(8))
-    return HopeBlock(_transformer_config(8 + round((goal - _size(least)) / (3 * WIDTH))))
+    """The block of a case: "hope" (chunks 64/256), "hope_16" (chunks 16/16) or "transformer", with a model's initial values."""
+    config = _hope_config(case) if case in PRESETS else _transformer_config(8)
+    block = HopeBlock(config)
+    if case not in PRESETS:
+        goal = _size(HopeBlock(_hope_config("hope")))
+        config = _transformer_config(8 + round((goal - _size(block)) / (3 * WIDTH)))
+        block = HopeBlock(config)
+    init_parameters(block, config=config, seed=0)
+    return block
 
 
 def _hope_config(case: str) -> ModelConfig:

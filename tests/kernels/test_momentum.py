@@ -51,7 +51,7 @@ CASES = {
     "one token": Case(size=Size(batch=1, heads=1, tokens=1, width=16, hidden=16)),
     "masked": Case(size=replace(SHAPE, batch=2), chunk=8, masked=True),
     "anchor": Case(read="anchor"),
-    "anchor, several tiles a chunk, masked": Case(read="anchor", chunk=24, size=replace(SHAPE, batch=2), save_every=24, masked=True),
+    "anchor, several tiles a chunk, masked": Case(read="anchor", chunk=24, size=replace(SHAPE, batch=3), save_every=24, masked=True),
     "gd": Case(rule=replace(TITANS, update="gd", huber_delta=0.5), chunk=20, save_every=20),
     "l2, v as it is": Case(rule=replace(TITANS, objective="l2", self_target=False), eta_max=0.1),
     "unit v": Case(rule=replace(TITANS, normalize_v=True)),

@@ -25,6 +25,7 @@ TILE = 64
 """Tokens of a tile of `written_forward`."""
 
 Weights = tuple[torch.Tensor, ...]
+silu_into = torch.ops.aten.silu.out
 silu_backward_into = torch.ops.aten.silu_backward.grad_input
 
 
@@ -471,20 +472,19 @@ def chunk_backward(
         d_pre_k = d_residual * g_prev
     d_delta = _bound_backward(d_residual, delta, s.delta_scale, rule)
     curve = torch.sub(slope, hidden, alpha=0.5).mul_(falling).mul_(s.back)  # silu'' = 2 (1 - s) (silu' - silu / 2)
-    d_back = d_delta * slope
+    d_back = torch.mul(d_delta, slope, out=delta)  # what nobody reads any more is overwritten: it lies in the cache
     d_w1.baddbmm_(s.error.mT, d_back)
     d_error = _bound_backward(d_error.baddbmm_(d_back, w1.mT), s.error, s.error_scale, rule)
     d_w1.baddbmm_(d_error.mT, hidden)
     d_hidden.baddbmm_(d_error, w1)
-    curve.mul_(d_delta)
     d_pre_k = d_pre_k.addcmul_(d_hidden, slope) if erase else d_hidden.mul_(slope)
-    d_pre_k.add_(curve, alpha=2)
+    d_pre_k.addcmul_(curve, d_delta, value=2)
     flows = [(k, d_pre_k)]
     d_k = _summed(d_pre_k, w2, rows).add_(_sum_rows(d_error, rows))
     d_v, d_queries = _target_backward(d_error, s, rows), None
     if s.pre_v is not None:
-        d_w1.baddbmm_(d_v.mT, F.silu(s.pre_v))
-        d_pre_v = torch.bmm(d_v, w1)
+        d_w1.baddbmm_(d_v.mT, silu_into(s.pre_v, out=hidden))
+        d_pre_v = torch.bmm(d_v, w1, out=slope)
         silu_backward_into(d_pre_v, s.pre_v, grad_input=d_pre_v)
         flows.append((v, d_pre_v))
         d_v = _summed(d_pre_v, w2, rows).add_(_sum_rows(d_v, rows))
@@ -498,13 +498,16 @@ def chunk_backward(
 
 
 def _target_backward(d_error: torch.Tensor, signals: Signals, rows: int) -> torch.Tensor:
-    """The gradient of M(v) [R, C, K], or of v [L, C, K]: the target's is minus that of the error, summed over memories where it is v."""
+    """The gradient of M(v) [R, C, K], or of v [L, C, K]: the target's is minus that of the error, summed over memories where it is v.
+
+    Overwrites d_error.
+    """
     target, scale = signals.target, signals.target_scale
     if signals.pre_v is None:
         d_error = _sum_rows(d_error, rows)
     if scale is None:
-        return d_error.neg()
-    return (target * dot(target, d_error)).sub_(d_error).mul_(scale)
+        return d_error.neg_()
+    return d_error.addcmul_(target, dot(target, d_error), value=-1).mul_(-scale)
 
 
 def _read_backward(d_out, hidden, residual, w1, decays, signals, d_w1, grads):

@@ -169,8 +169,11 @@ class _Plan:
 
     def inner(self, streams: dict[str, torch.Tensor], w2: torch.Tensor) -> torch.Tensor:
         """The products with W2 of all memories, [R, C, F]: one product is cheaper to run twice than to keep."""
-        parts = zip(self.stack, w2.split(len(streams["k"])), strict=True)
-        return torch.cat([torch.bmm(streams[SOURCE[name]], w.mT) for name, w in parts])
+        tokens, rows = streams["k"], len(streams["k"])
+        out = torch.empty(len(w2), tokens.shape[1], w2.shape[1], dtype=tokens.dtype, device=tokens.device)
+        for name, w, part in zip(self.stack, w2.split(rows), out.split(rows), strict=True):
+            torch.bmm(streams[SOURCE[name]], w.mT, out=part)
+        return out
 
     def generate(self, streams: dict[str, torch.Tensor], live: torch.Tensor | None, parameters: Tensors, weights: fused.Weights):
         """(k, v, q, eta, log_alpha) of a chunk [L, C, ...] from streams [L, C, K], and what backward needs besides them.
@@ -178,7 +181,7 @@ class _Plan:
         The readout r . M(z) is z r + silu(z W2^T) (W1^T r): the product with W1 never runs over tokens.
         """
         rows, readout = len(streams["k"]), self.switches.like(parameters)
-        hidden = dict(zip(self.stack, F.silu(self.inner(streams, weights[0])).split(rows), strict=True))
+        hidden = dict(zip(self.stack, F.silu(self.inner(streams, weights[0]), inplace=True).split(rows), strict=True))
         w1 = dict(zip(self.stack, weights[1].split(rows), strict=True))
         answers, scales, logits = [], [], []
         for name in ("k", "v", "q"):
@@ -206,7 +209,7 @@ class _Plan:
         rate, forget = logits
         d_logits = gates_backward(d_eta, d_log_alpha, rate, forget, readout, live=self.by_head(live))
         d_biases = [t.sum((0, 2)) for t in d_logits]
-        hidden_rows, d_pre, d_w1 = F.silu(pre), torch.empty_like(pre), torch.zeros_like(weights[1])
+        hidden_rows, d_pre, d_w1 = F.silu(pre), torch.empty_like(pre), torch.empty_like(weights[1])
         split = [dict(zip(self.stack, t.split(rows), strict=True)) for t in (hidden_rows, d_pre, *weights, d_w1)]
         hidden, d_hidden, w2, w1, d_w1_of = split
         d_streams = {}

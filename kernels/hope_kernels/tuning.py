@@ -1,4 +1,4 @@
-"""The stored autotune table: tile length and warps of every kernel by the (padded) widths of a memory.
+"""The stored autotune table: tile lengths and warps of every kernel by the (padded) widths of a memory.
 
 `tuning.json` is keyed by "<head width>x<hidden width>", both rounded up to a power of two, at least 16. Widths between two entries take the
 next larger one; what is larger than every entry is not supported. `tools/bench/gpu.py --tune` measures the candidates on a GPU.
@@ -19,10 +19,20 @@ def padded(width: int) -> int:
 
 @dataclass(frozen=True)
 class Tuning:
-    """tile: tokens of a tile. warps: of each kernel by name."""
+    """Tile lengths and warps.
+
+    tile: tokens of a tile that holds a whole chunk. tile_long: of a tile of a longer chunk, whose kernels hold more (the anchor beside
+    the current state); 0: as `tile`. warps: of each kernel by name.
+    """
 
     tile: int
     warps: dict[str, int]
+    tile_long: int = 0
+
+    def tile_of(self, chunk: int) -> int:
+        """Tokens of the tiles of a chunk of `chunk` tokens: a power of two, at least 16."""
+        whole = padded(chunk)
+        return whole if whole <= self.tile else self.tile_long or self.tile
 
     def warps_of(self, kernel: str) -> int:
         """Warps of one kernel."""

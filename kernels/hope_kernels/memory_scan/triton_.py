@@ -23,7 +23,7 @@ from hope_kernels.memory_write.momentum_triton import MomentumSignals, MomentumS
 from hope_kernels.memory_write.triton_ import Signals, States, write_backward, write_forward
 from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
 from hope_kernels.tiling import Tiling
-from hope_kernels.tuning import padded, tuning
+from hope_kernels.tuning import tuning
 
 
 @dataclass(frozen=True)
@@ -419,7 +419,7 @@ def memory_scan(
     commit, reset = (None if m is None else m.to(torch.uint8).repeat_interleave(heads, 0) for m in (masks.commit_BN, masks.reset_BN))
     settings = Settings(
         rule.memory, rule.objective, rule.huber_delta, rule.update, rule.self_target, rule.normalize_v,
-        read, chunk, tile or min(tuned.tile, padded(chunk)), save_every, keep_state,
+        read, chunk, tile or tuned.tile_of(chunk), save_every, keep_state,
     )  # fmt: skip
     y, *rest = scan(streams, weights, from_start, commit, reset, *astuple(settings))
     ends = state.like(tuple(t.unflatten(0, (batch, heads)) for t in rest[: len(weights)])) if keep_state else None

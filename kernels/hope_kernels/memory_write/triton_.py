@@ -7,6 +7,9 @@ has the derivation and the layout.
 Legend: R = L * S memories (L rows of S memories that share k, v and the terms), T tokens, C tokens of a tile, N chunks, NT tiles,
 K head width, F hidden width (K for a linear memory). Inside the kernels token blocks are held features first, [C, K] and [C, F]: the
 rows of every product are features then, as many as a matrix instruction wants however short the tile is.
+
+The loops over tiles are `while` loops: out of a `for` loop Triton hoists the accumulators of all its products (3.6 to 3.9 on Blackwell),
+and together they need more tensor memory than there is; the kernel then compiles to a trap.
 """
 
 from dataclasses import dataclass
@@ -93,9 +96,11 @@ def _identity(ids_ptr, memories_per_row):
 def _token_block(rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Offsets and mask of [TILE, BLOCK] in a tensor [..., WIDTH], from the tile's first token on.
 
-    int32: where the tile starts belongs into the (scalar) pointer, or every element would have an address of 64 bits.
+    int32: where the tile starts belongs into the (scalar) pointer, or every element would have an address of 64 bits. Plus 0, which only
+    we know: offsets that do not change along the loop over tiles would stay in registers.
     """
-    token, feature = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK)[None, :]
+    zero = tl.multiple_of(rows >> 31, 16)
+    token, feature = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK)[None, :] + zero
     mask = token < rows
     if WIDTH != BLOCK:
         mask = mask & (feature < WIDTH)
@@ -346,7 +351,8 @@ def _mlp_forward(
     _store_slot(slot2, rest2, _load_matrix(current2_ptr + memory * (F * K), F, K, BF, BK), F, K, BF, BK)
     _store_slot(slot1, rest1, _load_matrix(current1_ptr + memory * (F * K), K, F, BK, BF), K, F, BK, BF)
     tl.debug_barrier()
-    for i in tl.range(first_tile, end_tile, num_stages=1):
+    i = first_tile
+    while i < end_tile:
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
         memory, row = _identity(ids_ptr, memories_per_row)
         slots = memory * (num_tiles + 1)
@@ -388,9 +394,11 @@ def _mlp_forward(
         w1 = tl.dot(tl.trans(paced), hidden.to(dtype), kept, input_precision=PRECISION)
         _store_matrix(now1_ptr, w1, K, F, BK, BF)
         _store_slot(next1, next_rest1, w1, K, F, BK, BF)
+        # the anchors once more from memory, and the pre-activation for one product: kept, they would spill
+        a1 = _load_matrix(anchor1, K, F, BK, BF)
         back = tl.dot(error.to(dtype), a1, input_precision=PRECISION)
-        # the pre-activation once more costs one product; kept, it would spill
         k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+        a2 = _load_matrix(anchor2, F, K, BF, BK)
         pre = tl.dot(k, tl.trans(a2), input_precision=PRECISION)
         residual, _ = _bounded(back * _silu(pre)[1], inverse_square, HUBER)
         if ERASE:
@@ -413,6 +421,7 @@ def _mlp_forward(
                 _store_matrix(now1_ptr, w1, K, F, BK, BF)
                 _store_slot(next1, next_rest1, w1, K, F, BK, BF)
             tl.debug_barrier()
+        i += 1
 
 
 @triton.jit
@@ -430,7 +439,8 @@ def _linear_forward(
     slot, rest = _slots(w_ptr, rest_ptr, slots + first_tile, K * K)
     _store_slot(slot, rest, _load_matrix(current_ptr, K, K, BK, BK), K, K, BK, BK)
     tl.debug_barrier()
-    for i in tl.range(first_tile, end_tile, num_stages=1):
+    i = first_tile
+    while i < end_tile:
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
         here = row * tokens + first
         slot, rest = _slots(w_ptr, rest_ptr, slots + i, K * K)
@@ -470,6 +480,7 @@ def _linear_forward(
                 _store_matrix(current_ptr, w, K, K, BK, BK)
                 _store_slot(slot, rest, w, K, K, BK, BK)
             tl.debug_barrier()
+        i += 1
 
 
 @triton.jit
@@ -493,8 +504,9 @@ def _mlp_backward(
     dtype = k_ptr.dtype.element_ty
     SIZE: tl.constexpr = F * K
     FLAT: tl.constexpr = min(BF * BK, 2048)
-    for step in tl.range(0, end_tile - first_tile, num_stages=1):
-        i = end_tile - 1 - step
+    i = end_tile
+    while i > first_tile:
+        i -= 1
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
         memory, row = _identity(ids_ptr, memories_per_row)
         here, there = row * tokens + first, memory * tokens + first
@@ -674,8 +686,9 @@ def _linear_backward(
     """The same for one linear memory; `sums` has two matrices, `parked` one matrix and three blocks."""
     dtype = k_ptr.dtype.element_ty
     FLAT: tl.constexpr = min(BK * BK, 2048)
-    for step in tl.range(0, end_tile - first_tile, num_stages=1):
-        i = end_tile - 1 - step
+    i = end_tile
+    while i > first_tile:
+        i -= 1
         chunk, anchor, first, rows, is_last = _tile_rows(i, tokens, CHUNK, TILE, PER_CHUNK)
         memory, row = _identity(ids_ptr, memories_per_row)
         here, there = row * tokens + first, memory * tokens + first

@@ -115,7 +115,7 @@ def _segments(
     chunk, step = settings.chunk, settings.segment_tokens(tokens)
     tuned = tuning(width=width, hidden=weights[0].shape[-2] if weights else width)
     assert tuned is not None
-    tile = min(tuned.tile, padded(chunk))
+    tile = tuned.tile_of(chunk)
     by_row = [None if m is None else m.to(torch.uint8).repeat_interleave(heads, 0) for m in masks]
     found = []
     for first in range(0, tokens, step):

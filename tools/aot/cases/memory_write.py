@@ -1,4 +1,4 @@
-"""The writes of a memory: both memories at the widths of the tuning table, one tile and several tiles a chunk."""
+"""The writes of a memory: both memories at the widths of the tuning table, chunks of one tile and of several."""
 
 from itertools import product
 from typing import Any
@@ -11,6 +11,7 @@ from tools.aot.case import Case
 
 OPERANDS = torch.bfloat16
 TOKENS = 4096
+LONG = 256  # tokens of a chunk of several tiles
 
 
 def entry(width: int, hidden: int) -> Tuning:
@@ -20,12 +21,18 @@ def entry(width: int, hidden: int) -> Tuning:
     return found
 
 
-def constants(width: int, hidden: int, *, per_chunk: int) -> dict[str, Any]:
+def small(width: int, chunk: int) -> str | None:
+    """Why products of single warps are allowed."""
+    tile = entry(width, width).tile_of(chunk)
+    return f"tiles of {tile} rows" if tile < 64 else None
+
+
+def constants(width: int, hidden: int, *, chunk: int) -> dict[str, Any]:
     """Compile-time constants and sizes of the default rule."""
-    tile = entry(width, hidden).tile
-    sizes = {"tokens": TOKENS, "num_tiles": TOKENS // tile, "num_chunks": TOKENS // tile // per_chunk, "memories_per_row": 5}
+    tile = entry(width, hidden).tile_of(chunk)
+    sizes = {"tokens": TOKENS, "num_tiles": TOKENS // tile, "num_chunks": TOKENS // chunk, "memories_per_row": 5}
     window = {"first_tile": 16, "end_tile": 32, "inverse_square": 1.0}
-    shape = {"K": width, "BK": padded(width), "CHUNK": tile * per_chunk, "TILE": tile, "PER_CHUNK": per_chunk}
+    shape = {"K": width, "BK": padded(width), "CHUNK": chunk, "TILE": tile, "PER_CHUNK": chunk // tile}
     rule = {"HUBER": True, "ERASE": True, "NORMALIZE": False, "SELF_TARGET": True, "PRECISION": None}
     return {**sizes, **window, **shape, **rule}
 
@@ -36,54 +43,54 @@ def pointers(operands: str, fp32: str, absent: str) -> dict[str, Any]:
     return {f"{name}_ptr": dtype for dtype, names in kinds.items() for name in names.split()}
 
 
-def mlp_forward(width: int, hidden: int, per_chunk: int) -> Case:
+def mlp_forward(width: int, hidden: int, chunk: int) -> Case:
     """One MLP memory forward."""
     tensors = pointers(
         "k v y residual error hidden w2 w1 rest2 rest1", "w g_prev g_end current2 current1 scale", "commit reset start2 start1 kept2 kept1"
     )
-    arguments = {**tensors, **constants(width, hidden, per_chunk=per_chunk), "F": hidden, "BF": padded(hidden), "ids_ptr": torch.int32}
+    arguments = {**tensors, **constants(width, hidden, chunk=chunk), "F": hidden, "BF": padded(hidden), "ids_ptr": torch.int32}
     warps = entry(width, hidden).warps_of("write_forward")
-    return Case(f"mlp_forward_{width}x{hidden}_{per_chunk}", write._mlp_forward, arguments, warps)
+    return Case(f"mlp_forward_{width}x{hidden}_{chunk}", write._mlp_forward, arguments, warps, hmma_reason=small(width, chunk))
 
 
-def linear_forward(width: int, per_chunk: int) -> Case:
+def linear_forward(width: int, chunk: int) -> Case:
     """One linear memory forward."""
     tensors = pointers("k v y residual w rest", "g_prev g_end current", "commit reset start kept")
     warps = entry(width, width).warps_of("write_forward")
-    return Case(
-        f"linear_forward_{width}_{per_chunk}", write._linear_forward, {**tensors, **constants(width, width, per_chunk=per_chunk)}, warps
-    )
+    arguments = {**tensors, **constants(width, width, chunk=chunk)}
+    return Case(f"linear_forward_{width}_{chunk}", write._linear_forward, arguments, warps, hmma_reason=small(width, chunk))
 
 
-def mlp_backward(width: int, hidden: int, per_chunk: int) -> Case:
+def mlp_backward(width: int, hidden: int, chunk: int) -> Case:
     """One MLP memory backward, with gradients from causal reads."""
     fp32 = "w g_prev g_end scale in_residual in_error in_hidden read2 read1 sums d_k d_v d_y d_w d_g_prev d_g_end"
     tensors = pointers("k v y w2 w1 rest2 rest1 residual error hidden parked", fp32, "commit reset start2 start1")
     arguments = {
         **tensors,
-        **constants(width, hidden, per_chunk=per_chunk),
+        **constants(width, hidden, chunk=chunk),
         "READS_ANCHOR": False,
         "ids_ptr": torch.int32,
         "F": hidden,
         "BF": padded(hidden),
     }
     warps = entry(width, hidden).warps_of("write_backward")
-    return Case(f"mlp_backward_{width}x{hidden}_{per_chunk}", write._mlp_backward, arguments, warps)
+    return Case(f"mlp_backward_{width}x{hidden}_{chunk}", write._mlp_backward, arguments, warps, hmma_reason=small(width, chunk))
 
 
-def linear_backward(width: int, per_chunk: int) -> Case:
+def linear_backward(width: int, chunk: int) -> Case:
     """One linear memory backward, with gradients from causal reads."""
     fp32 = "g_prev g_end in_residual read sums d_k d_v d_y d_g_prev d_g_end"
     tensors = pointers("k v y w rest residual parked", fp32, "commit reset start")
     warps = entry(width, width).warps_of("write_linear_backward")
-    arguments = {**tensors, **constants(width, width, per_chunk=per_chunk), "READS_ANCHOR": False, "ids_ptr": torch.int32}
-    return Case(f"linear_backward_{width}_{per_chunk}", write._linear_backward, arguments, warps)
+    arguments = {**tensors, **constants(width, width, chunk=chunk), "READS_ANCHOR": False, "ids_ptr": torch.int32}
+    return Case(f"linear_backward_{width}_{chunk}", write._linear_backward, arguments, warps, hmma_reason=small(width, chunk))
 
 
 def cases() -> list[Case]:
     """All of them."""
     found = []
-    for width, per_chunk in product((64, 128), (1, 4)):
-        found += [make(width, width, per_chunk) for make in (mlp_forward, mlp_backward)]
-        found += [make(width, per_chunk) for make in (linear_forward, linear_backward)]
+    for width, long in product((64, 128), (False, True)):
+        chunk = LONG if long else entry(width, width).tile
+        found += [make(width, width, chunk) for make in (mlp_forward, mlp_backward)]
+        found += [make(width, chunk) for make in (linear_forward, linear_backward)]
     return found

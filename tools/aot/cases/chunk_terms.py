@@ -37,7 +37,7 @@ def _case(
     for kind, names in tensors.items():
         dtype = torch.bfloat16 if kind in ("operands", "reads") else torch.float32
         arguments |= dict.fromkeys(names, dtype if whole or kind in ("fp32", "operands") else None)
-    small = "tiles of 32 rows" if entry.tile < 64 else None
+    small = f"tiles of {entry.tile} rows" if entry.tile < 64 else None
     label = f"{name}_{width}{'' if whole else '_decay_only'}"
     return Case(label, kernel, arguments, num_warps=entry.warps_of(f"terms_{name}"), min_mma=min_mma, hmma_reason=small)
 
@@ -48,11 +48,12 @@ def _inverses(width: int) -> list[Case]:
     block, warps, tile = padded(width), entry.warps_of("terms_forward"), {"TILE": entry.tile, "PRECISION": "tf32"}
     gates = dict.fromkeys(("eta", "log_alpha", "inverse"), torch.float32)
     sizes = {"tokens": 4096, "K": width, "BLOCK_K": block, "SLICE": min(block, triton_.FORWARD_SLICE), "CHUNK": 64, **tile}
-    small = "tiles of 32 rows" if entry.tile < 64 else None
+    small = f"tiles of {entry.tile} rows" if entry.tile < 64 else None
     whole = {"system": torch.float32, "inverse": torch.float32, "SIZE": entry.tile, **tile}
     return [
         Case(f"chunk_inverse_{width}", triton_._chunk_inverse, {"k": torch.bfloat16, **gates, **sizes}, warps, hmma_reason=small),
-        Case(f"unit_lower_inverse_{entry.tile}", triton_._unit_lower_inverse, whole, 4, hmma_reason=small),
+        # one block of 16 rows is solved row by row, without products
+        Case(f"unit_lower_inverse_{entry.tile}", triton_._unit_lower_inverse, whole, 4, min_mma=int(entry.tile > 16), hmma_reason=small),
     ]
 
 

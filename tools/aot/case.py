@@ -18,7 +18,7 @@ class Case:
     are what they are.
     min_mma: least number of HGMMA (sm_90a) or UTCHMMA (sm_100a) instructions; 0 for a kernel without products.
     hmma_reason: why some products are too small for those; then HMMA count towards min_mma. Without a reason none is allowed.
-    max_registers: of a thread. max_shared: bytes of a block.
+    max_registers: of a thread. max_shared: bytes of a block. max_spill: bytes of stack that are known and borne; who needs it says why.
     """
 
     name: str
@@ -30,3 +30,4 @@ class Case:
     hmma_reason: str | None = None
     max_registers: int = 255
     max_shared: int = 227 * KIB
+    max_spill: int = 0

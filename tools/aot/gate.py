@@ -69,7 +69,9 @@ def over_limits(case: Case, found: Figures) -> list[str]:
     counted = "HGMMA, UTCHMMA or HMMA" if case.hmma_reason else "HGMMA or UTCHMMA"
     unexplained = f"; {found.hmma} HMMA and no hmma_reason" if found.hmma and not case.hmma_reason else ""
     checks = {
-        f"spills: {found.stack} B of stack, {found.local} local loads and stores": found.stack or found.local,
+        f"spills: {found.stack} B of stack, {found.local} local loads and stores": (
+            found.stack > case.max_spill or (found.local and not case.max_spill)
+        ),
         f"{products} matrix instructions ({counted}), at least {case.min_mma} wanted{unexplained}": (
             products < case.min_mma or bool(unexplained)
         ),

@@ -8,6 +8,7 @@ the linear memory, whose kernels share the entry.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from hope_kernels import tuning
@@ -35,7 +36,7 @@ def using(entry: Tuning, key: tuple[int, int]) -> Iterator[None]:
 def candidates() -> list[tuple[tuple[int, int], Tuning]]:
     """Every entry with every tile, and all its kernels at the same warps: whose compilations cover what `tune` will ask for."""
     return [
-        (key, Tuning(tile, dict.fromkeys(entry.warps, warps)))
+        (key, replace(entry, tile=tile, warps=dict.fromkeys(entry.warps, warps)))
         for key, entry in tuning.table().items()
         for tile in TILES
         for warps in WARPS
@@ -56,15 +57,18 @@ def tune(bench: Bench, shape: tuple[int, int, int]) -> tuple[dict[str, Any], lis
     best: dict[str, Any] = {}
     for key, entry in tuning.table().items():
         name = f"{key[0]}x{key[1]}"
-        best[name] = {"tile": entry.tile, "warps": entry.warps}
+        best[name] = as_stored(entry)
         if not entry.warps:
             continue
         batch, heads, tokens = shape
-        found = [_best_warps(bench, key, Tuning(tile, dict(entry.warps)), Shape(batch, heads, tokens, key[0]), timings) for tile in TILES]
+        found = [
+            _best_warps(bench, key, replace(entry, tile=tile, warps=dict(entry.warps)), Shape(batch, heads, tokens, key[0]), timings)
+            for tile in TILES
+        ]
         least, winner = min(found, key=lambda each: each[0])
         if least == float("inf"):
             raise RuntimeError(f"no tile and warps of {name} could be timed: {timings[-1]['failed']}; the table stays as it was")
-        best[name] = {"tile": winner.tile, "warps": winner.warps}
+        best[name] = as_stored(winner)
     return best, timings
 
 
@@ -73,7 +77,7 @@ def _best_warps(bench: Bench, key: tuple[int, int], entry: Tuning, shape: Shape,
     least = _time(bench, key, entry, shape, timings)
     for kernel in entry.warps:
         for warps in WARPS:
-            tried = Tuning(entry.tile, {**entry.warps, kernel: warps})
+            tried = replace(entry, warps={**entry.warps, kernel: warps})
             if warps == entry.warps[kernel]:
                 continue
             spent = _time(bench, key, tried, shape, timings)
@@ -96,6 +100,11 @@ def _time(bench: Bench, key: tuple[int, int], entry: Tuning, shape: Shape, timin
         return float("inf")
     timings.append({"key": f"{key[0]}x{key[1]}", **vars(entry), "ms": round(total, 4)})
     return total
+
+
+def as_stored(entry: Tuning) -> dict[str, Any]:
+    """An entry as tuning.json holds it."""
+    return {name: value for name, value in vars(entry).items() if value or name == "warps"}
 
 
 def as_text(table: dict[str, Any]) -> str:

@@ -193,7 +193,7 @@ def _write(
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "end_tile"])
 def _forward(
     ids_ptr, k_ptr, v_ptr, y_ptr, y_delta_ptr, w_ptr, u_ptr, g_prev_ptr, kappa_prev_ptr, g_end_ptr, kappa_end_ptr, mu_ptr,
     commit_ptr, reset_ptr, start_ptr, kept_ptr, slots_ptr, rest_ptr, current_ptr, residual_ptr, delta_ptr, error_ptr, hidden_ptr, scale_ptr,
@@ -378,7 +378,7 @@ def _leave_chunk(
             tl.store(grads_ptr + at, value, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "end_tile"])
 def _backward(
     ids_ptr, k_ptr, v_ptr, y_ptr, y_delta_ptr, w_ptr, u_ptr, g_prev_ptr, kappa_prev_ptr, g_end_ptr, kappa_end_ptr, mu_ptr,
     commit_ptr, reset_ptr, slots_ptr, rest_ptr, residual_ptr, delta_ptr, error_ptr, hidden_ptr, scale_ptr,

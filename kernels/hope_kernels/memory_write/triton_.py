@@ -332,7 +332,7 @@ def _linear_target(v, a, NORMALIZE: tl.constexpr, SELF_TARGET: tl.constexpr, PRE
     return _unit(target, NORMALIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "end_tile"])
 def _mlp_forward(
     ids_ptr, k_ptr, v_ptr, y_ptr, w_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr,
     start2_ptr, start1_ptr, kept2_ptr, kept1_ptr, w2_ptr, w1_ptr, rest2_ptr, rest1_ptr, current2_ptr, current1_ptr,
@@ -424,7 +424,7 @@ def _mlp_forward(
         i += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "end_tile"])
 def _linear_forward(
     k_ptr, v_ptr, y_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr, start_ptr, kept_ptr, w_ptr, rest_ptr, current_ptr, residual_ptr,
     tokens, num_tiles, num_chunks, memories_per_row, first_tile, end_tile, inverse_square,
@@ -483,7 +483,7 @@ def _linear_forward(
         i += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "end_tile"])
 def _mlp_backward(
     ids_ptr, k_ptr, v_ptr, y_ptr, w_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr,
     w2_ptr, w1_ptr, rest2_ptr, rest1_ptr, residual_ptr, error_ptr, hidden_ptr, scale_ptr,
@@ -674,7 +674,7 @@ def _mlp_backward(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "end_tile"])
 def _linear_backward(
     ids_ptr, k_ptr, v_ptr, y_ptr, g_prev_ptr, g_end_ptr, commit_ptr, reset_ptr, w_ptr, rest_ptr, residual_ptr,
     in_residual_ptr, read_ptr, sums_ptr, parked_ptr, start_ptr,

@@ -4,9 +4,10 @@ A group with `period` n takes one step of the inner optimizer every n calls of `
 and is frozen between: no update, no weight decay, no moment. Calls count from 1, so the group steps at calls n, 2n, 3n ...; a parameter
 whose `.grad` is None (a step that was skipped for a non-finite gradient) contributes nothing while the clock goes on.
 
-`Clocked` stands around any torch optimizer and has its interface. megatron-core's wrappers take it as their inner optimizer: they read
-and replace parameters in `param_groups`, which is the inner optimizer's own list, set `.grad`, and call `step`. The accumulated
-gradients are optimizer state: they live in `state_dict` beside the moments, one "accumulated" tensor per parameter of a slow group.
+`Clocked` stands around any torch optimizers, which share its clock (AdamW of some groups, `DeepOptimizer` of the others), and has the
+interface of one. megatron-core's wrappers take it as their inner optimizer: they read and replace parameters in `param_groups`, which are
+the inner optimizers' own groups, set `.grad`, and call `step`. The accumulated gradients are optimizer state: they live in `state_dict`
+beside the moments, one "accumulated" tensor per parameter of a slow group.
 """
 
 from typing import Any
@@ -22,24 +23,27 @@ ACCUMULATED = "accumulated"
 
 
 class Clocked:
-    """Runs `inner` with each parameter group on its own clock; every group of `inner` has an integer key "period" (default 1)."""
+    """Runs `inner` with each parameter group on its own clock; every group has an integer key "period" (default 1).
 
-    def __init__(self, inner: Optimizer):
+    Groups and parameters are counted over all inner optimizers, in the order in which these are given.
+    """
+
+    def __init__(self, *inner: Optimizer):
         self.inner = inner
         self.num_calls = 0
         self._accumulated: dict[Tensor, Tensor] = {}
-        for group in inner.param_groups:
+        for group in self.param_groups:
             group.setdefault(PERIOD, 1)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The inner optimizer's groups."""
-        return self.inner.param_groups
+        """The groups of all inner optimizers: a new list of their own dictionaries."""
+        return [group for optimizer in self.inner for group in optimizer.param_groups]
 
     @property
     def state(self) -> dict[Tensor, Any]:
-        """The inner optimizer's state, without the accumulated gradients."""
-        return self.inner.state
+        """The state of all inner optimizers, by parameter, without the accumulated gradients: a new dictionary of their own entries."""
+        return {param: entry for optimizer in self.inner for param, entry in optimizer.state.items()}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -51,7 +55,8 @@ class Clocked:
         for group in self.param_groups:
             if group[PERIOD] > 1:
                 self._accumulate(group, due=self.num_calls % group[PERIOD] == 0)
-        self.inner.step()
+        for optimizer in self.inner:
+            optimizer.step()
 
     def _accumulate(self, group: dict[str, Any], *, due: bool) -> None:
         for param in group["params"]:
@@ -67,17 +72,23 @@ class Clocked:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear `.grad` of all parameters; accumulated gradients stay."""
-        self.inner.zero_grad(set_to_none=set_to_none)
+        for optimizer in self.inner:
+            optimizer.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state dict with "accumulated" in the entries of slow parameters in mid-interval, and "num_calls"."""
-        result = self.inner.state_dict()
-        result["state"] = {index: dict(entry) for index, entry in result["state"].items()}
+        """The inner optimizers' state dicts as one, with "accumulated" in the entries of slow parameters in mid-interval, and "num_calls"."""
+        state: dict[int, dict[str, Any]] = {}
+        groups: list[dict[str, Any]] = []
+        first = 0
+        for optimizer in self.inner:
+            found = optimizer.state_dict()
+            state |= {first + index: dict(entry) for index, entry in found["state"].items()}
+            groups += [{**group, "params": [first + index for index in group["params"]]} for group in found["param_groups"]]
+            first += _num_params(optimizer)
         for index, param in enumerate(self.params()):
             if param in self._accumulated:
-                result["state"].setdefault(index, {})[ACCUMULATED] = self._accumulated[param]
-        result["num_calls"] = self.num_calls
-        return result
+                state.setdefault(index, {})[ACCUMULATED] = self._accumulated[param]
+        return {"state": state, "param_groups": groups, "num_calls": self.num_calls}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -89,12 +100,17 @@ class Clocked:
                 raise CheckpointError(f"parameter group {index} was saved within an interval of {before} steps and now has period {now}")
         entries = {index: dict(entry) for index, entry in state_dict["state"].items()}
         pending = {index: entry.pop(ACCUMULATED) for index, entry in entries.items() if ACCUMULATED in entry}
-        self.inner.load_state_dict(
-            {
-                "state": {index: entry for index, entry in entries.items() if entry},
-                "param_groups": [dict(group) for group in state_dict["param_groups"]],
-            }
-        )
+        groups, first = iter(state_dict["param_groups"]), 0
+        for optimizer in self.inner:
+            count = _num_params(optimizer)
+            own = [next(groups) for _ in optimizer.param_groups]
+            optimizer.load_state_dict(
+                {
+                    "state": {index - first: entries[index] for index in range(first, first + count) if entries.get(index)},
+                    "param_groups": [{**group, "params": [index - first for index in group["params"]]} for group in own],
+                }
+            )
+            first += count
         for group, period in zip(self.param_groups, periods, strict=True):
             group[PERIOD] = period
         params = self.params()
@@ -104,3 +120,7 @@ class Clocked:
     def params(self) -> list[Tensor]:
         """All parameters, in the order that `state_dict` numbers them."""
         return [param for group in self.param_groups for param in group["params"]]
+
+
+def _num_params(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)

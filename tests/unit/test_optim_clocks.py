@@ -131,3 +131,31 @@ def test_a_period_cannot_change_within_an_open_interval():
     _advance(optimizer, params, 1)
     with pytest.raises(CheckpointError, match="interval of 3 steps"):
         _clocked((2,), _params(1)).load_state_dict(optimizer.state_dict())
+
+
+def _two_inner(periods, params):
+    """AdamW of the first and last parameters, SGD with momentum of the middle one, under one clock."""
+    groups = [{"params": [param], "period": period} for param, period in zip(params, periods, strict=True)]
+    return Clocked(torch.optim.AdamW([groups[0], groups[2]], lr=LR), torch.optim.SGD([groups[1]], lr=LR, momentum=0.9))
+
+
+@pytest.mark.parametrize("saved_after", range(4))
+def test_several_inner_optimizers_share_one_clock_and_one_state(saved_after):
+    params = _params(3)
+    alone = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    optimizer, sgd = _two_inner((1, 2, 3), params), Clocked(torch.optim.SGD([{"params": [alone[1]], "period": 2}], lr=LR, momentum=0.9))
+    for step in range(1, saved_after + 1):
+        _advance(optimizer, params, step)
+    state = copy.deepcopy(optimizer.state_dict())
+    assert state["param_groups"][-1]["params"] == [2], "parameters are counted over all inner optimizers"
+    copies = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    restored = _two_inner((1, 2, 3), copies)
+    restored.load_state_dict(state)
+    for step in range(saved_after + 1, 9):
+        _advance(optimizer, params, step)
+        _advance(restored, copies, step)
+    for step in range(1, 9):
+        alone[1].grad = _grads(step, 3)[1]
+        sgd.step()
+    assert all(torch.equal(param, twin) for param, twin in zip(params, copies, strict=True))
+    assert torch.equal(params[1], alone[1])

@@ -76,7 +76,7 @@ class Clocked:
             optimizer.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizers' state dicts as one, with "accumulated" in the entries of slow parameters in mid-interval, and "num_calls"."""
+        """The inner optimizers' as one, with "num_calls", and "accumulated" in the entries of slow parameters in mid-interval."""
         state: dict[int, dict[str, Any]] = {}
         groups: list[dict[str, Any]] = []
         first = 0

@@ -127,6 +127,10 @@ checkpoint-faults: $(VENV)/.stamp-base ## 200 faults against checkpoints of two 
 golden: $(VENV)/.stamp-base ## rewrite tests/golden/configs after a deliberate change of a configuration
 	$(BIN)/python tools/golden_configs.py
 
+.PHONY: layouts
+layouts: $(VENV)/.stamp-base ## rewrite the numbers in the tables of docs/layouts.md and docs/scaling.md from the planner
+	$(BIN)/python -m tools.layout_tables
+
 .PHONY: clean
 clean: ## remove caches and the environment; runs/ and data/ stay
 	rm -rf $(VENV) $(MCORE019) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info

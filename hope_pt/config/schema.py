@@ -1,10 +1,11 @@
 """What a run is: frozen pydantic models, one per TOML section; unknown keys are errors.
 
 `RunConfig` is the whole contract of a run: it is resolved once (`hope_pt.config.load`), stored in every checkpoint, and compared on
-resume. `ModelConfig` alone defines the network; `hope_pt.nn` reads nothing else. SPEC section numbers are given where a field is a
+resume. `ModelConfig` alone defines the network; `hope_pt.nn` reads nothing else but `TokenClockConfig`. SPEC section numbers are given where a field is a
 choice the paper leaves open.
 """
 
+import itertools
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -103,16 +104,39 @@ class AttentionConfig(Section):
 
 
 class CMSConfig(Section):
-    """The continuum memory system (SPEC 3): a chain of SwiGLU levels, highest update frequency first."""
+    """The continuum memory system (SPEC 3): SwiGLU levels, highest update frequency first."""
 
     hidden: PositiveInt = 576
     """Hidden width of every level."""
     periods: tuple[PositiveInt, ...] = (1, 4, 16)
     """Stream clock: level l takes one optimizer step every periods[l] steps, with the gradients of those steps summed."""
+    depth_periods: tuple[PositiveInt, ...] = ()
+    """Period of every block's only level, first block first, in place of `periods`, which then has one entry (docs/cms.md, stacking)."""
     variant: Literal["sequential", "independent", "nested"] = "sequential"
-    """"sequential": a chain. "independent": all levels on the same input, their outputs added with learned weights (NL eq. 73). "nested": a
+    """"sequential": a chain. "independent": all levels on the same input, their outputs added with learned weights (NL eq. 74). "nested": a
     chain in which every level starts again, at each step of the next slower level, from an initial state that learns with the slower
-    level's clock (NL eq. 72)."""
+    level's clock (NL eq. 72); every period is a multiple of the one before."""
+
+    def period(self, level: int, *, block: int) -> int:
+        """Optimizer steps between two steps of level `level` of block `block`."""
+        return self.depth_periods[block] if self.depth_periods else self.periods[level]
+
+    def restart(self, level: int) -> int:
+        """Optimizer steps after which a nested level starts again: the period of the next slower level. 0: never."""
+        return self.periods[level + 1] if self.variant == "nested" and level + 1 < len(self.periods) else 0
+
+    @model_validator(mode="after")
+    def _check(self):
+        if not self.periods:
+            raise ValueError("periods is empty; a CMS has at least one level")
+        if self.depth_periods and len(self.periods) > 1:
+            raise ValueError(f"depth_periods goes with one level in every block, periods has {len(self.periods)}; set periods = [1]")
+        if self.variant == "nested":
+            if len(self.periods) == 1:
+                raise ValueError('variant = "nested" needs two levels or more; give periods more entries')
+            if any(slow <= fast or slow % fast for fast, slow in itertools.pairwise(self.periods)):
+                raise ValueError(f'variant = "nested" needs periods that are multiples of those before, got {list(self.periods)}')
+        return self
 
 
 class ModelConfig(Section):
@@ -158,6 +182,8 @@ class ModelConfig(Section):
             raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}")
         if self.mixer == "attention" and self.head_width % 2:
             raise ValueError(f"rotary embedding needs an even head width, got width / num_heads = {self.head_width}")
+        if self.cms.depth_periods and len(self.cms.depth_periods) != self.num_layers:
+            raise ValueError(f"cms.depth_periods has {len(self.cms.depth_periods)} entries for num_layers = {self.num_layers} blocks")
         return self
 
 
@@ -388,6 +414,9 @@ class TrainConfig(Section):
     does not, so activations are those of one piece."""
     seed: NonNegativeInt = 0
     """Seed of the initial parameters."""
+    start_from: str = ""
+    """Begin with the weights of this run (its newest checkpoint), of a step-... directory, or of what `hope stack` wrote, and with nothing
+    else of it; empty: with the initial parameters. A run that has checkpoints of its own continues from those."""
 
 
 class CheckpointConfig(Section):
@@ -416,6 +445,44 @@ class EvalConfig(Section):
     """Run the passkey probe at every evaluation (text data only)."""
     diagnostics_every: NonNegativeInt = 50
     """Steps between memory diagnostics lines; 0 switches them off."""
+
+
+class TokenClockConfig(Section):
+    """The token clock (SPEC 3; docs/token_clock.md): CMS levels whose matrices change within a sequence, a copy of the change for every row,
+    by plain gradient descent on the next-token loss. For `hope eval`, `hope generate` and meta-training; it has no effect elsewhere."""
+
+    periods: tuple[NonNegativeInt, ...] = ()
+    """Tokens between two updates of every CMS level, highest frequency first; 0: the level stays as trained. Empty: no clock."""
+    lr: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Learning rate of every level, for the gradient summed over its tokens; 0: the level stays as trained."""
+    step_cap: Annotated[float, Field(ge=0)] = 0.0
+    """Most that one update may move a matrix, relative to the norm of the trained one; 0 means no limit."""
+    total_cap: Annotated[float, Field(ge=0)] = 0.0
+    """Most that a matrix may be away from the trained one, relative to its norm; 0 means no limit."""
+    meta_train: bool = False
+    """Train through the updates: the training loss is that of a sequence read with the clock on, with second-order gradients. For short
+    sequences on one device or data-parallel ones, with model.titans.backend = "reference"."""
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """The levels that change."""
+        return tuple(level for level, (period, lr) in enumerate(zip(self.periods, self.lr, strict=True)) if period and lr)
+
+    @property
+    def fastest(self) -> int:
+        """The shortest period of a level that changes: every call is cut there. ValueError where no level changes."""
+        return min(self.periods[level] for level in self.active)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if len(self.lr) != len(self.periods):
+            raise ValueError(f"lr = {list(self.lr)} has not one learning rate for each of periods = {list(self.periods)}")
+        for level in self.active:
+            if self.periods[level] % self.fastest:
+                raise ValueError(f"the shortest period, {self.fastest}, does not divide periods = {list(self.periods)}; choose multiples of it")
+        if self.meta_train and not self.active:
+            raise ValueError("meta_train = true without a level that changes; give a level a period and a learning rate above 0")
+        return self
 
 
 class TrackConfig(Section):
@@ -450,11 +517,16 @@ class RunConfig(Section):
     """The checkpoints."""
     eval: EvalConfig = EvalConfig()
     """The evaluations."""
+    token_clock: TokenClockConfig = TokenClockConfig()
+    """The levels that change within a sequence."""
     track: TrackConfig = TrackConfig()
     """The trackers."""
 
     @model_validator(mode="after")
     def _check(self):
+        levels = len(self.model.cms.periods)
+        if self.token_clock.periods and len(self.token_clock.periods) != levels:
+            raise ValueError(f"token_clock.periods has {len(self.token_clock.periods)} entries, the model has {levels} CMS levels")
         reach = (self.model.titans.conv_width - 1) * self.model.num_layers
         if self.data.source == "mqar" and self.data.mqar.gap <= reach:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The HOPE block (SPEC 1): x + mixer(norm(x)), then the CMS chain."""
+"""The HOPE block (SPEC 1): x + mixer(norm(x)), then the CMS."""
 
 import torch
 from torch import nn

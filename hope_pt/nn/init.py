@@ -3,7 +3,8 @@
 Scales (SPEC 2 and the project's choices): projections 1/sqrt(fan in), residual outputs divided by sqrt(number of residual branches),
 embeddings 0.3/sqrt(D) so that the first loss is ln V within 2 %, both matrices of a memory 1/sqrt(fan in): with the smaller W1_0 of
 SPEC 2 the error that reaches W2 cannot replace what DGD erases, and the memory fades over a long document (docs/log.md). eta, alpha and
-mu start where the configuration says.
+mu start where the configuration says. The weights of independent CMS levels start at one: with them the sum of the levels' outputs has the
+scale that a chain of the same levels adds.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ def init_tensor(name: str, shape: tuple[int, ...], *, config: ModelConfig, seed:
     Raises ValueError for a name that no rule covers.
     """
     kind = ".".join(name.split(".")[-2:])
-    if kind.endswith("norm.weight") or kind.endswith("out_norm"):
+    if kind.endswith(("norm.weight", "out_norm", ".scale")):
         return torch.ones(shape)
     constant = _constant(kind, config)
     if constant is not None:

@@ -2,7 +2,8 @@
 
 Each case is a fresh process: the resident memory that the engine, its optimizer and one whole step add at their peak, in the second step,
 when all optimizer state exists. glibc gives every block above 64 KiB back to the system, so resident memory follows the tensors. Beside it
-the planner's figure for the same case. Writes tools/bench/results/memory.json; --case NAME measures one and prints it.
+the planner's figure for the same case: of the scans in plain torch, as a CPU runs them, and of a GPU's blocks of the vocabulary, which are
+larger than a CPU's. Writes tools/bench/results/memory.json; --case NAME measures one in this process and prints it.
 """
 
 import argparse

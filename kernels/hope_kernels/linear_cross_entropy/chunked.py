@@ -65,7 +65,7 @@ def backward_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(d_hidden [N, D], d_weight [V, D]) in the dtypes of the two."""
     d_weight_VD = torch.empty_like(weight_VD)
-    # A sum over blocks: in bf16 every block would round it.
+    # fp32 beside bf16: each block's G W is rounded to bf16 once, by its product; the sum over the blocks is not rounded again.
     d_hidden_ND = torch.zeros_like(hidden_ND, dtype=accumulation_dtype(hidden_ND.dtype))
     for first, rows_CD, logits_NC in _blocks(hidden_ND, weight_VD):
         g_NC = gradient(logits_NC, targets_N - first, lse_N, d_lse_N, d_at_target_N)

@@ -5,8 +5,8 @@ error signals behind, which the reads need; `write_backward` walks the tiles in 
 has the derivation and the layout.
 
 Legend: R = L * S memories (L rows of S memories that share k, v and the terms), T tokens, C tokens of a tile, N chunks, NT tiles,
-K head width, F hidden width (K for a linear memory). Inside the kernels token blocks are held features first, [C, K] and [C, F]: the
-rows of every product are features then, as many as a matrix instruction wants however short the tile is.
+K head width, F hidden width (K for a linear memory). Inside the kernels token blocks are held tokens first, [C, K] and [C, F]: in a
+tile of less than 64 tokens the products whose rows are tokens fill no warp group and are done by single warps.
 
 The loops over tiles are `while` loops: out of a `for` loop Triton hoists the accumulators of all its products (3.6 to 3.9 on Blackwell),
 and together they need more tensor memory than there is; the kernel then compiles to a trap.

@@ -163,7 +163,7 @@ def _readout(shape: _Shape, size: int) -> Work:
 
 
 def _fused_terms(shape: _Shape, size: int, *, causal: bool) -> Work:
-    """`fused.terms_forward` and `fused.terms_backward` of one chunk. Backward computes the Gram matrix and the scores again instead of keeping them."""
+    """`fused.terms_forward` and `terms_backward` of one chunk. Backward computes Gram matrix and scores again."""
     erase = shape.rule.erases(0)
     gram, square = 2.0 * size * size * shape.width, 2.0 * size**3
     if not causal:
@@ -173,7 +173,7 @@ def _fused_terms(shape: _Shape, size: int, *, causal: bool) -> Work:
 
 
 def _fused_written(shape: _Shape, size: int) -> Work:
-    """`fused.written_forward` and `fused.written_backward` of one chunk."""
+    """`fused.written_forward` and `written_backward` of one chunk."""
     count, width = fused.tiles(size, shape.width), shape.width
     if count == 1 or not shape.rule.erases(0):
         return _fused_terms(shape, size, causal=False)
@@ -183,7 +183,7 @@ def _fused_written(shape: _Shape, size: int) -> Work:
 
 
 def _fused_chunk(shape: _Shape, size: int, *, causal: bool, writes: bool) -> Work:
-    """`fused.chunk_forward` and `fused.chunk_backward`: error signals, causal read and both new weights of one memory."""
+    """`fused.chunk_forward` and `chunk_backward`: error signals, causal read and both new weights of one memory."""
     matrix, targets = size * shape.matrix, shape.targets
     forward = matrix * (2 * targets + 1 + 2 * writes)
     backward = matrix * (4 * targets + 2 + 4 * writes)

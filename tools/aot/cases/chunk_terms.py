@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from hope_kernels.chunk_terms import triton_
-from hope_kernels.tuning import padded, tuning
+from hope_kernels.tuning import padded
 from tools.aot.case import Case
+from tools.aot.memories import entry, small
 
 FORWARD = {
     "fp32": ("eta", "log_alpha", "g", "g_prev", "w", "g_end"),
@@ -27,33 +28,28 @@ BACKWARD = {
 def _case(
     name: str, kernel: Any, tensors: dict[str, tuple[str, ...]], width: int, *, columns: int, whole: bool = True, min_mma: int = 1
 ) -> Case:
-    entry = tuning(width=width, hidden=width)
-    assert entry is not None
-    block = padded(width)
+    found, block = entry(width), padded(width)
     arguments: dict[str, Any] = {
         "first_tile": 0, "num_tiles": 64, "tokens": 4096, "K": width, "BLOCK_K": block, "SLICE": min(block, columns), "CHUNK": 64,
-        "TILE": entry.tile, "ERASE": whole, "PRECISION": "tf32",
+        "TILE": found.tile, "ERASE": whole, "PRECISION": "tf32",
     }  # fmt: skip
     for kind, names in tensors.items():
         dtype = torch.bfloat16 if kind in ("operands", "reads") else torch.float32
         arguments |= dict.fromkeys(names, dtype if whole or kind in ("fp32", "operands") else None)
-    small = f"tiles of {entry.tile} rows" if entry.tile < 64 else None
     label = f"{name}_{width}{'' if whole else '_decay_only'}"
-    return Case(label, kernel, arguments, num_warps=entry.warps_of(f"terms_{name}"), min_mma=min_mma, hmma_reason=small)
+    return Case(label, kernel, arguments, num_warps=found.warps_of(f"terms_{name}"), min_mma=min_mma, hmma_reason=small(found.tile))
 
 
 def _inverses(width: int) -> list[Case]:
-    entry = tuning(width=width, hidden=width)
-    assert entry is not None
-    block, warps, tile = padded(width), entry.warps_of("terms_forward"), {"TILE": entry.tile, "PRECISION": "tf32"}
+    found, block = entry(width), padded(width)
+    reason, warps, tile = small(found.tile), found.warps_of("terms_forward"), {"TILE": found.tile, "PRECISION": "tf32"}
     gates = dict.fromkeys(("eta", "log_alpha", "inverse"), torch.float32)
     sizes = {"tokens": 4096, "K": width, "BLOCK_K": block, "SLICE": min(block, triton_.FORWARD_SLICE), "CHUNK": 64, **tile}
-    small = f"tiles of {entry.tile} rows" if entry.tile < 64 else None
-    whole = {"system": torch.float32, "inverse": torch.float32, "SIZE": entry.tile, **tile}
+    whole = {"system": torch.float32, "inverse": torch.float32, "SIZE": found.tile, **tile}
     return [
-        Case(f"chunk_inverse_{width}", triton_._chunk_inverse, {"k": torch.bfloat16, **gates, **sizes}, warps, hmma_reason=small),
+        Case(f"chunk_inverse_{width}", triton_._chunk_inverse, {"k": torch.bfloat16, **gates, **sizes}, warps, hmma_reason=reason),
         # one block of 16 rows is solved row by row, without products
-        Case(f"unit_lower_inverse_{entry.tile}", triton_._unit_lower_inverse, whole, 4, min_mma=int(entry.tile > 16), hmma_reason=small),
+        Case(f"unit_lower_inverse_{found.tile}", triton_._unit_lower_inverse, whole, 4, min_mma=int(found.tile > 16), hmma_reason=reason),
     ]
 
 

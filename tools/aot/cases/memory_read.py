@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from hope_kernels.memory_read import triton_
-from hope_kernels.tuning import padded, tuning
+from hope_kernels.tuning import padded
 from tools.aot.case import Case
+from tools.aot.memories import OPERANDS, TOKENS, entry, small
 
-OPERANDS = torch.bfloat16
 WIDTHS = (48, 64, 128)
 SIGNALS = ("residual", "error", "hidden", "g", "m", "n")
 MOMENTUM = ("s2", "s1", "delta", "kappa", "m_delta")
@@ -18,8 +18,7 @@ GRADIENTS = ("q", "w2", "w1", "weights", "written", "factor", "mixing", *SIGNALS
 
 def case(kernel: str, width: int, *, memory: str, read: str, momentum: bool = False) -> Case:
     """One kernel at head and hidden width `width`, one tile a chunk."""
-    entry = tuning(width=width, hidden=width)
-    assert entry is not None
+    found = entry(width)
     function = getattr(triton_, f"_{kernel}")
     arguments: dict[str, Any] = dict.fromkeys(("q", "d_out", "d_z", "w2", "w1", *SIGNALS, *MOMENTUM), OPERANDS)
     arguments |= dict.fromkeys(("weights", "written", "mixing", "d_rest"), OPERANDS)
@@ -27,14 +26,13 @@ def case(kernel: str, width: int, *, memory: str, read: str, momentum: bool = Fa
     absent = (() if read == "causal" else SIGNALS) + (("w1", "error", "hidden", "n") if memory == "linear" else ())
     absent += () if momentum else MOMENTUM
     arguments |= {name: None for name in arguments if name.removeprefix("d_") in absent}
-    arguments |= {"out": OPERANDS, "tokens": 4096, "first_tile": 0, "num_tiles": 4096 // entry.tile}
+    arguments |= {"out": OPERANDS, "tokens": TOKENS, "first_tile": 0, "num_tiles": TOKENS // found.tile}
     arguments |= {"K": width, "F": width, "BLOCK_K": padded(width), "BLOCK_F": padded(width)}
-    arguments |= {"CHUNK": entry.tile, "TILE": entry.tile, "PER_CHUNK": 1, "CAUSAL": read == "causal"}
+    arguments |= {"CHUNK": found.tile, "TILE": found.tile, "PER_CHUNK": 1, "CAUSAL": read == "causal"}
     arguments |= {"ADDS": True, "PRECISION": None}
     arguments = {name: arguments[name] for name in function.arg_names}
-    warps = entry.warps_of("read_forward" if kernel == "read_forward" else "read_backward")
-    small = "products of tile by tile have 32 rows" if entry.tile < 64 else None
-    return Case(f"{kernel}_{memory}_{'momentum' if momentum else read}_{width}", function, arguments, warps, hmma_reason=small)
+    warps = found.warps_of("read_forward" if kernel == "read_forward" else "read_backward")
+    return Case(f"{kernel}_{memory}_{'momentum' if momentum else read}_{width}", function, arguments, warps, hmma_reason=small(found.tile))
 
 
 def cases() -> list[Case]:

@@ -7,25 +7,20 @@ import torch
 
 from hope_kernels.projection_scan import generate_triton as generate
 from hope_kernels.projection_scan import triton_ as scan
-from hope_kernels.tuning import Tuning, padded, tuning
+from hope_kernels.tuning import padded
 from tools.aot.case import Case
+from tools.aot.memories import OPERANDS, entry
 
-OPERANDS, FP32 = torch.bfloat16, torch.float32
+FP32 = torch.float32
 STACK = ("k", "eta", "alpha", "v")
 VECTORS = ("xk", "xv", "xq", "k", "v", "q")
 GATES = ("eta", "log_alpha", "scale_k", "scale_v", "scale_q")
 
 
-def _entry(width: int) -> Tuning:
-    entry = tuning(width=width, hidden=width)
-    assert entry is not None
-    return entry
-
-
 def _arguments(width: int, *, memory: str, masks: bool) -> dict[str, Any]:
     """Arguments that both kernels share. memory: "mlp", "linear" or "static"."""
     names = ("q",) if memory == "static" else STACK
-    tile, block = _entry(width).tile, padded(width)
+    tile, block = entry(width).tile, padded(width)
     weights = {"mlp": ("w2", "w1"), "linear": ("w2",), "static": ()}[memory]
     found: dict[str, Any] = dict.fromkeys(VECTORS, OPERANDS) | dict.fromkeys(GATES, FP32) | dict.fromkeys(("r_eta", "r_alpha"), FP32)
     found |= {w: OPERANDS if w in weights else None for w in ("w2", "w1")}
@@ -40,7 +35,7 @@ def _arguments(width: int, *, memory: str, masks: bool) -> dict[str, Any]:
 
 def _forward(width: int, *, memory: str, masks: bool = False) -> dict[str, Any]:
     extra = dict.fromkeys(("b_eta", "b_alpha"), FP32) | {"live": FP32 if masks else None, "WRITES": True, "RETENTION": True}
-    tiles = {"slots_per_chunk": 256 // _entry(width).tile, "first_tile": 256 // generate.READ_TILE, "TILE": generate.READ_TILE}
+    tiles = {"slots_per_chunk": 256 // entry(width).tile, "first_tile": 256 // generate.READ_TILE, "TILE": generate.READ_TILE}
     return _arguments(width, memory=memory, masks=masks) | extra | tiles
 
 
@@ -54,7 +49,7 @@ def _backward(width: int, *, memory: str, masks: bool = False) -> dict[str, Any]
 
 def _sum(width: int) -> Case:
     parts = ("y", "w", "g_prev", "g_end")
-    tile = _entry(width).tile
+    tile = entry(width).tile
     sizes = {"tokens": 2048, "num_tiles": 2048 // tile, "first_tile": 0, "S": len(STACK), "K": width, "BLOCK_K": padded(width)}
     arguments = dict.fromkeys([*parts, *(f"sum_{part}" for part in parts)], FP32) | sizes | {"CHUNK": 256, "TILE": tile}
     return Case(f"sum_memories_{width}", scan._sum_memories, arguments, num_warps=4, min_mma=0)
@@ -65,7 +60,6 @@ def cases() -> list[Case]:
     found = []
     launches = [(width, memory, False) for width, memory in product((64, 128), ("mlp", "linear"))]
     for width, memory, masks in [*launches, (48, "mlp", True), (128, "static", False)]:
-        entry = _entry(width)
         settings: dict[str, Any] = {"memory": memory, "masks": masks}
         name, static = f"{memory}_{width}{'_masks' if masks else ''}", memory == "static"
         for kernel, build, label in (
@@ -73,5 +67,5 @@ def cases() -> list[Case]:
             (generate._generate_backward, _backward, "generate_backward"),
         ):
             arguments = build(width, **settings)
-            found.append(Case(f"{label}_{name}", kernel, arguments, entry.warps_of(label), min_mma=0 if static else 4))
+            found.append(Case(f"{label}_{name}", kernel, arguments, entry(width).warps_of(label), min_mma=0 if static else 4))
     return [*found, *(_sum(width) for width in (48, 128))]

@@ -1,8 +1,8 @@
 """What a run is: frozen pydantic models, one per TOML section; unknown keys are errors.
 
 `RunConfig` is the whole contract of a run: it is resolved once (`hope_pt.config.load`), stored in every checkpoint, and compared on
-resume. `ModelConfig` alone defines the network; `hope_pt.nn` reads nothing else but `TokenClockConfig`. SPEC section numbers are given where a field is a
-choice the paper leaves open.
+resume. `ModelConfig` alone defines the network; `hope_pt.nn` reads nothing else but `TokenClockConfig`. SPEC section numbers are given
+where a field is a choice the paper leaves open.
 """
 
 import itertools
@@ -351,7 +351,7 @@ class OptimConfig(Section):
     freeze_levels: tuple[NonNegativeInt, ...] = ()
     """CMS levels (from 0, highest frequency first) whose parameters never move."""
     level_step_cap: Annotated[float, Field(ge=0)] = 0.0
-    """Most that one update may move a matrix of a CMS level with a period above 1, relative to its norm; 0 means no limit."""
+    """Most that one update may move a matrix of a CMS level with a period above 1, relative to its norm before; 0 means no limit."""
     level_total_cap: Annotated[float, Field(ge=0)] = 0.0
     """Most that such a matrix may be away from where the run started, relative to its norm there; 0 means no limit."""
 
@@ -445,11 +445,13 @@ class EvalConfig(Section):
     """Run the passkey probe at every evaluation (text data only)."""
     diagnostics_every: NonNegativeInt = 50
     """Steps between memory diagnostics lines; 0 switches them off."""
+    levels_every: NonNegativeInt = 50
+    """Steps between lines about the updates of CMS levels and other parameters (docs/memory_audit.md); 0 switches them off."""
 
 
 class TokenClockConfig(Section):
-    """The token clock (SPEC 3; docs/token_clock.md): CMS levels whose matrices change within a sequence, a copy of the change for every row,
-    by plain gradient descent on the next-token loss. For `hope eval`, `hope generate` and meta-training; it has no effect elsewhere."""
+    """The token clock (SPEC 3; docs/token_clock.md): CMS levels whose matrices change within a sequence, for every row by itself, by plain
+    gradient descent on the next-token loss. For `hope eval`, `hope generate` and meta-training; it has no effect elsewhere."""
 
     periods: tuple[NonNegativeInt, ...] = ()
     """Tokens between two updates of every CMS level, highest frequency first; 0: the level stays as trained. Empty: no clock."""
@@ -479,7 +481,7 @@ class TokenClockConfig(Section):
             raise ValueError(f"lr = {list(self.lr)} has not one learning rate for each of periods = {list(self.periods)}")
         for level in self.active:
             if self.periods[level] % self.fastest:
-                raise ValueError(f"the shortest period, {self.fastest}, does not divide periods = {list(self.periods)}; choose multiples of it")
+                raise ValueError(f"the shortest period, {self.fastest}, does not divide all of periods = {list(self.periods)}")
         if self.meta_train and not self.active:
             raise ValueError("meta_train = true without a level that changes; give a level a period and a learning rate above 0")
         return self
@@ -525,6 +527,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self):
         levels = len(self.model.cms.periods)
+        absent = [level for level in self.optim.freeze_levels if level >= levels]
+        if absent:
+            raise ValueError(f"optim.freeze_levels = {list(self.optim.freeze_levels)}: the model has {levels} CMS levels, 0 to {levels - 1}")
         if self.token_clock.periods and len(self.token_clock.periods) != levels:
             raise ValueError(f"token_clock.periods has {len(self.token_clock.periods)} entries, the model has {levels} CMS levels")
         reach = (self.model.titans.conv_width - 1) * self.model.num_layers

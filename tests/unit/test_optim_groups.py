@@ -45,4 +45,4 @@ def test_groups_hold_every_parameter_once_and_the_table_counts_them():
     assert sorted(name for group in groups for name in group.names) == sorted(shapes)
     lines = table(shapes, config=CONFIG).splitlines()
     assert len(lines) == 1 + len(groups) == 4
-    assert lines[3].split()[:5] == ["cms", "4", "yes", "2", "768"]
+    assert lines[3].split()[:7] == ["cms", "adamw", "x1", "4", "yes", "2", "768"]

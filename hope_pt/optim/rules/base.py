@@ -1,0 +1,78 @@
+"""What a rule of the outer optimizer is: state of a stack of parameters, and a direction from their gradients (SPEC 4).
+
+`DeepOptimizer` then does W <- (1 - lr * weight_decay) W + lr * direction. Each rule stands in its own file twice: `reference`, the
+equation for one matrix, and a class with the batched form that runs.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hope_kernels.newton_schulz import newton_schulz
+from hope_pt.optim.matrices import Matrices
+
+ADAMW_RMS = 0.2
+"""Root mean square of a typical AdamW update over lr, to which orthogonalised updates are scaled (Moonshot, arXiv 2502.16982)."""
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """Settings of the orthogonalisation. dtype: of the computation; None is bf16 on a GPU and the matrices' own elsewhere."""
+
+    steps: int = 5
+    coefficients: tuple[float, float, float] = QUINTIC
+    dtype: torch.dtype | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., R, C] -> the nearest thing to U V^T of x = U S V^T, same shape and dtype."""
+        dtype = self.dtype or (torch.bfloat16 if x.is_cuda else x.dtype)
+        return newton_schulz(x, steps=self.steps, coefficients=self.coefficients, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `update` may need beside gradients and state.
+
+    number: of the update of these parameters, from 1. lr: the learning rate. matrices: the parameters as matrices. params: their values
+    [N, *shape] where the rule has `reads_params`, else None.
+    """
+
+    number: int
+    lr: float
+    matrices: Matrices
+    params: Tensor | None = None
+
+
+class UpdateRule(ABC):
+    """One rule with its settings.
+
+    keys: names of the state tensors that have the parameter's shape. reads_params: whether `update` needs the parameters' values.
+    """
+
+    keys: tuple[str, ...] = ()
+    reads_params: bool = False
+
+    def matrix_keys(self, rows: int, columns: int) -> dict[str, tuple[int, int]]:
+        """State tensors with a shape of their own for every whole matrix [rows, columns], by name. Every tensor-parallel rank has them."""
+        return {}
+
+    @abstractmethod
+    def update(self, grads: Tensor, state: dict[str, Tensor], step: Step) -> Tensor:
+        """The direction [N, *shape] of N parameters with gradients [N, *shape]; W += lr * direction.
+
+        state: [N, *shape] for every name in `keys`, [N, *lead, ...] for `matrix_keys`, zero before the first update; changed in place, or
+        an entry is replaced.
+        """
+
+
+def rms_scale(rows: Tensor, columns: int) -> Tensor:
+    """Factor that gives an orthogonal matrix of the given rows ([M, 1, 1]) and columns the root mean square 1."""
+    return rows.clamp(min=columns).sqrt()
+
+
+def flat(state: Tensor) -> Tensor:
+    """State of matrices [N, *lead, r, c] -> [M, r, c], a view."""
+    return state.view(-1, *state.shape[-2:])

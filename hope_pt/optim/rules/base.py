@@ -15,7 +15,9 @@ from hope_pt.optim.matrices import Matrices
 
 ADAMW_RMS = 0.2
 """Root mean square of a typical AdamW update over lr, to which orthogonalised updates are scaled (Moonshot, arXiv 2502.16982)."""
-QUINTIC = (3.4445, -4.7750, 2.0315)
+COEFFICIENTS = (3.48, -5.22, 2.48)
+"""Coefficients of s, s^3 and s^5: five to eight steps bring every singular value from 1.6e-3 of the Frobenius norm between 0.73 and 1.18.
+They were searched for that. Muon's (3.4445, -4.7750, 2.0315) are no steeper at 0 and leave 0.68 to 1.21."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class NewtonSchulz:
     """Settings of the orthogonalisation. dtype: of the computation; None is bf16 on a GPU and the matrices' own elsewhere."""
 
     steps: int = 5
-    coefficients: tuple[float, float, float] = QUINTIC
+    coefficients: tuple[float, float, float] = COEFFICIENTS
     dtype: torch.dtype | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -76,3 +78,9 @@ def rms_scale(rows: Tensor, columns: int) -> Tensor:
 def flat(state: Tensor) -> Tensor:
     """State of matrices [N, *lead, r, c] -> [M, r, c], a view."""
     return state.view(-1, *state.shape[-2:])
+
+
+def adam_preconditioned(grads: Tensor, second: Tensor, *, beta: float, eps: float, number: int) -> Tensor:
+    """Adam's preconditioner, g / (sqrt(v) + eps): v is the average of g^2 in `second`, which changes in place, over 1 - beta^number."""
+    second.mul_(beta).addcmul_(grads, grads, value=1 - beta)
+    return grads / (second / (1 - beta**number)).sqrt_().add_(eps)

@@ -279,7 +279,7 @@ class MomentumConfig(Section):
     decay: DecayRate = 0.95
     """Decay rate of the momentum."""
     preconditioner: Literal["none", "adam", "newton_schulz"] = "adam"
-    """P: nothing, division by the root of the second moment, or orthogonalisation of the gradient."""
+    """P: nothing, division by the root of the second moment, or orthogonalisation of the gradient. The latter two give entries around 1."""
     delta: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Strength of the delta term, for "delta_momentum"; g is normalised to length 1."""
     side: Literal["right", "left"] = "right"
@@ -294,13 +294,13 @@ class DeepMomentumConfig(Section):
     """Deep momentum (DMGD, NL eq. 50): the momentum is a small MLP trained on the gradients while the model trains."""
 
     hidden: NonNegativeInt = 16
-    """Hidden width of the MLP; 0 makes it linear, which is momentum."""
+    """Hidden width F of the MLP beside its linear path; 0 leaves that alone, which is momentum."""
     decay: DecayRate = 0.95
-    """Decay rate of the MLP's weights towards their start."""
+    """Decay rate of the MLP's weights towards their start, 0 but for its first layer."""
     inner_lr: PositiveFloat = 1.0
-    """Learning rate of the MLP."""
+    """Learning rate of the hidden layer; it bounds the layer's weights."""
     output: Literal["linear", "newton_schulz"] = "linear"
-    """Nonlinearity of the output."""
+    """Nonlinearity of the output: none, or orthogonalisation with the root mean square of AdamW's updates."""
     preconditioner: Literal["none", "adam"] = "adam"
     """What the gradient passes before the MLP sees it."""
     beta2: DecayRate = 0.95
@@ -329,7 +329,7 @@ class OptimConfig(Section):
     matrix_lr: Annotated[float, Field(ge=0)] = 0.0
     """Peak learning rate of the matrices that do not have AdamW; 0 means `lr`."""
     base_width: NonNegativeInt = 0
-    """Width at which `lr` was tuned: matrices have lr * base_width / width (docs/optimizers.md). 0 switches the scaling off."""
+    """Width at which `lr` was tuned: matrices have lr (base_width / width)^e, with e by rule (docs/optimizers.md). 0 switches it off."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
     min_lr_ratio: Fraction = 0.1
@@ -354,6 +354,12 @@ class OptimConfig(Section):
     """Most that one update may move a matrix of a CMS level with a period above 1, relative to its norm before; 0 means no limit."""
     level_total_cap: Annotated[float, Field(ge=0)] = 0.0
     """Most that such a matrix may be away from where the run started, relative to its norm there; 0 means no limit."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.memory == "dgd":
+            raise ValueError('memory = "dgd" needs the inputs of a linear layer, and the initial states have none; choose another rule')
+        return self
 
 
 class EngineConfig(Section):
@@ -532,6 +538,12 @@ class RunConfig(Section):
             raise ValueError(f"optim.freeze_levels = {list(self.optim.freeze_levels)}: the model has {levels} CMS levels, 0 to {levels - 1}")
         if self.token_clock.periods and len(self.token_clock.periods) != levels:
             raise ValueError(f"token_clock.periods has {len(self.token_clock.periods)} entries, the model has {levels} CMS levels")
+        if self.optim.levels and len(self.optim.levels) != levels:
+            raise ValueError(f"optim.levels has {len(self.optim.levels)} entries, model.cms.periods {levels}; give every level a rule")
+        if self.model.cms.variant == "nested" and "dgd" in (self.optim.levels or (self.optim.name,)):
+            raise ValueError(
+                'optim: rule "dgd" keeps the inputs of one set of weights, a level of model.cms.variant = "nested" has two; choose another'
+            )
         reach = (self.model.titans.conv_width - 1) * self.model.num_layers
         if self.data.source == "mqar" and self.data.mqar.gap <= reach:
             raise ValueError(

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Pretrain HOPE 1.3B: sbatch [options of sbatch] slurm/hope_1p3b.sh [key=value ...]       (docs/slurm.md)
+# 8 GPUs of 80 GB as configs/hope_1p3b.toml is; for more: sbatch --nodes=8 slurm/hope_1p3b.sh engine.micro_batch_size=2 engine.recompute=none
+#SBATCH --job-name=hope_1p3b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+here=$(dirname "${BASH_SOURCE[0]}")
+# sbatch runs a copy of this file; the job's record says where the original lies.
+[ -e "$here/lib/run.sh" ] || here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\.sh\).*/\1/p')")
+# shellcheck source=lib/run.sh
+. "$here/lib/run.sh" || exit 2
+hope_job configs/hope_1p3b.toml "$@"

@@ -1,0 +1,74 @@
+# shellcheck shell=bash
+# The run's own record of its jobs: which job owns the run, and how every attempt began and ended. Used by lib/run.sh only.
+#
+#   RUN/slurm/owner      id of the job that may write the run; taken over only when Slurm says that this job is gone
+#   RUN/slurm/attempts   one line each: `start N job=ID.RESTART step=S` and `end N job=ID.RESTART step=S from=S rc=C action=WORD`
+#
+# S is the last committed step. HOPE_RUN_DIR is set; HOPE_LINEAGE is what belongs together: one job with its requeues, or one chain.
+
+# Last committed step of the run, 0 before the first.
+hope_committed() {
+  local last
+  last=$(find "$HOPE_RUN_DIR/checkpoints" -maxdepth 1 -type d -name 'step-[0-9]*' 2> /dev/null | sed 's/.*step-0*//' | sort -n | tail -1)
+  echo "${last:-0}"
+}
+
+# Makes this job the run's owner; fails, naming the other, if a job that still exists has it. A hard link appears whole or not at all.
+hope_own() {
+  local owner=$HOPE_RUN_DIR/slurm/owner mine=$HOPE_RUN_DIR/slurm/.owner-$SLURM_JOB_ID other
+  for _ in 1 2 3; do
+    echo "$SLURM_JOB_ID" > "$mine" || return 1
+    if ln "$mine" "$owner" 2> /dev/null; then
+      rm -f "$mine"
+      return 0
+    fi
+    rm -f "$mine"
+    other=$(cat "$owner" 2> /dev/null)
+    [ "$other" = "$SLURM_JOB_ID" ] && return 0
+    if [ -n "$other" ] && hope_job_exists "$other"; then
+      echo "hope: run $HOPE_RUN belongs to job $other, which still exists; wait for it, cancel it, or give this run another name" >&2
+      return 1
+    fi
+    # Of two jobs that find a dead owner one renames the file; the other finds a new one when it looks again.
+    mv "$owner" "$owner.gone-$SLURM_JOB_ID" 2> /dev/null && rm -f "$owner.gone-$SLURM_JOB_ID"
+  done
+  echo "hope: cannot take $owner; another job is taking this run at the same moment" >&2
+  return 1
+}
+
+# Whether a job is anything but finished. A scheduler that does not answer is no proof of its end.
+hope_job_exists() {
+  local said
+  said=$(squeue --noheader --format=%T --jobs="$1" 2>&1) || { [[ $said != *"Invalid job id"* ]]; return; }
+  [ -n "$said" ]
+}
+
+hope_disown() {
+  [ "$(cat "$HOPE_RUN_DIR/slurm/owner" 2> /dev/null)" != "$SLURM_JOB_ID" ] || rm -f "$HOPE_RUN_DIR/slurm/owner"
+}
+
+# hope_record start|end [more ...]: appends a line about HOPE_ATTEMPT.
+hope_record() {
+  local what=$1 job=$HOPE_LINEAGE.${SLURM_RESTART_COUNT:-0}
+  shift
+  echo "$what $HOPE_ATTEMPT job=$job step=$(hope_committed) $* time=$(date -u +%Y-%m-%dT%H:%M:%SZ)" >> "$HOPE_RUN_DIR/slurm/attempts"
+}
+
+hope_next_attempt() {
+  local count
+  count=$(grep -c '^start ' "$HOPE_RUN_DIR/slurm/attempts" 2> /dev/null)
+  echo $((count + 1))
+}
+
+# Attempts of this lineage, counted back from the present one, that began and ended at the committed step of now. Ends that Slurm or a
+# person decided count for nothing.
+hope_fruitless() {
+  local now
+  now=$(hope_committed)
+  if [ "$HOPE_FROM" != "$now" ]; then
+    echo 0
+    return
+  fi
+  grep "^end .* job=$HOPE_LINEAGE\\." "$HOPE_RUN_DIR/slurm/attempts" 2> /dev/null | grep -v ' action=leave ' |
+    awk -v now="$now" '{ count = ($4 == "step=" now && $5 == "from=" now) ? count + 1 : 0 } END { print count + 1 }'
+}

@@ -1,0 +1,55 @@
+# shellcheck shell=bash
+# What the batch script does when its training step has ended: the decision alone, as a function of facts, and the words for them.
+#
+#   hope_decide RC VERDICT STATE REASON JOB_STATE FRUITLESS  ->  done | leave | stopped | user | never | requeue | give-up
+#
+# RC: of srun, which mixes the codes of its tasks: after one task has failed the others are killed, and srun may report theirs.
+# VERDICT: the first exit code 2 (a person's mistake) or 93 (do not restart) of any task, written by lib/task.sh; empty: none.
+# STATE, REASON: of status.json, which belongs to this attempt because it is removed before; empty: never written.
+# JOB_STATE: what Slurm says. Anything but RUNNING means that somebody else, a person or the scheduler, has decided about this job.
+# FRUITLESS: attempts of this job in a row, this one included, that ended at the same committed step (lib/attempts.sh).
+
+HOPE_MAX_FRUITLESS=${HOPE_MAX_FRUITLESS:-3}
+
+hope_decide() {
+  local rc=$1 verdict=$2 state=$3 reason=$4 job_state=$5 fruitless=$6
+  if [ "$state" = "done" ] || { [ "$rc" = 0 ] && [ "$state" != stopped ]; }; then
+    echo "done"
+  elif [ "$job_state" != RUNNING ]; then
+    echo leave
+  elif [ "$verdict" = 2 ]; then
+    echo user
+  elif [ "$verdict" = 93 ] || [ "$state" = diverged ]; then
+    echo never
+  elif [ "$state" = stopped ] && [ "$reason" != usr1 ]; then
+    # SIGTERM is Slurm's way to say that it will requeue or end the job itself; STOP is a person's.
+    echo stopped
+  elif [ "$fruitless" -ge "$HOPE_MAX_FRUITLESS" ]; then
+    echo give-up
+  else
+    echo requeue
+  fi
+}
+
+# The sentence that a person finds in the job's log.
+hope_say() {
+  case $1 in
+    done) echo "the run has all its steps" ;;
+    leave) echo "the job is ${2:-gone}, not RUNNING: cancelled, out of time or taken over by Slurm; not requeued from here" ;;
+    stopped) echo "the run was asked to stop and has saved; not requeued" ;;
+    user) echo "the configuration, the data or the command is wrong (see above); a restart would not help" ;;
+    never) echo "the run must not be restarted (it diverged); a restart would meet the same step again" ;;
+    give-up) echo "$HOPE_MAX_FRUITLESS attempts without a newer checkpoint; not requeued again" ;;
+    requeue) echo "the run is not finished; requeue" ;;
+  esac
+}
+
+# done, leave and stopped are no failure of this script; 93 tells a chain or a watcher not to start the run again.
+hope_exit_code() {
+  case $1 in
+    done | stopped) echo 0 ;;
+    user) echo 2 ;;
+    never | give-up) echo 93 ;;
+    *) echo 1 ;;
+  esac
+}

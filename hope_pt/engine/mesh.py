@@ -6,8 +6,9 @@ of ranks is megatron's: tensor fastest, then context, data, pipeline.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from hope_pt.config.schema import EngineConfig, RunConfig
+from hope_pt.config.schema import EngineConfig, OptimConfig, RunConfig
 from hope_pt.errors import ConfigError, ParallelError
 
 
@@ -54,11 +55,27 @@ class Mesh:
         return range(first, first + size)
 
 
+def sharding(config: RunConfig) -> Literal["none", "elements", "layers"]:
+    """How data-parallel (and context-parallel) ranks divide the optimizer.
+
+    "none": each has all of it. "elements": `engine.distributed_optimizer` with AdamW alone, a slice of everything, cut anywhere. "layers":
+    the same with a rule for whole matrices among the optimizers, whole parameters.
+    """
+    if not config.engine.distributed_optimizer:
+        return "none"
+    return "layers" if has_matrix_rule(config.optim) else "elements"
+
+
+def has_matrix_rule(optim: OptimConfig) -> bool:
+    """Whether any parameter has another optimizer than AdamW."""
+    return {optim.name, optim.memory, *optim.levels} != {"adamw"}
+
+
 def check_mesh(config: RunConfig, *, world_size: int) -> Mesh:
     """The layout of `world_size` processes; ParallelError or ConfigError with the key that does not fit and what would."""
     engine = config.engine
     _check_heads(config)
-    _check_data_parallel(engine)
+    _check_data_parallel(config)
     model_size = engine.tensor_parallel * engine.pipeline_parallel * engine.context_parallel
     if world_size % model_size:
         processes = "1 process" if world_size == 1 else f"{world_size} processes"
@@ -106,7 +123,14 @@ def _check_heads(config: RunConfig) -> None:
         )
 
 
-def _check_data_parallel(engine: EngineConfig) -> None:
+def _check_data_parallel(config: RunConfig) -> None:
+    engine, optim = config.engine, config.optim
+    if engine.overlap_param_gather and sharding(config) == "layers":
+        rules = " and ".join(f'"{name}"' for name in sorted({optim.name, optim.memory, *optim.levels} - {"adamw"}))
+        raise ConfigError(
+            f"engine.overlap_param_gather = true does not go with {rules}: engine.distributed_optimizer then divides whole parameters "
+            "over the ranks, which broadcast them before the step ends; set engine.overlap_param_gather = false"
+        )
     if engine.overlap_param_gather and not (engine.distributed_optimizer and engine.overlap_grad_reduce):
         raise ParallelError(
             "engine.overlap_param_gather = true needs engine.distributed_optimizer = true and engine.overlap_grad_reduce = true; "

@@ -1,10 +1,12 @@
 """The outer optimizer inside megatron-core's wrappers.
 
-    AdamW <- Clocked (per-group clocks) <- FP32Optimizer | Float16OptimizerWithFloat16Params (fp32 masters) | DistributedOptimizer (shards)
+    AdamW, DeepOptimizer <- Clocked (per-group clocks) <- FP32Optimizer | Float16OptimizerWithFloat16Params (fp32 masters)
+    AdamW alone          <- Clocked                    <- DistributedOptimizer (a slice of everything on each data-parallel rank)
 
 The wrappers do what depends on the layout: gradients from the reduction buffers, which of them a rank counts in the norm, master
-weights, and with `engine.distributed_optimizer` the share of every parameter that a data-parallel rank keeps. Gradients are clipped by the
-global norm of every step, over all parameters, before a slow group accumulates them: an interval is a sum of clipped gradients.
+weights. With `engine.distributed_optimizer` AdamW's state is cut anywhere; with a rule that needs whole matrices the ranks divide the
+parameters instead (hope_pt.engine.layerwise). Gradients are clipped by the global norm of every step, over all parameters, before a slow
+group accumulates them: an interval is a sum of clipped gradients.
 """
 
 import math
@@ -21,11 +23,21 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from hope_pt.config.schema import RunConfig
+from hope_pt.config.schema import OptimConfig, RunConfig
+from hope_pt.engine.costs import update_costs
 from hope_pt.engine.cpu import cuda_type_names
+from hope_pt.engine.layerwise import Exchange, groups_of, owners
+from hope_pt.engine.matrices import matrices_of
+from hope_pt.engine.mesh import sharding
 from hope_pt.engine.plan import Plan
-from hope_pt.optim import Clocked, group_parameters
+from hope_pt.engine.sharding import Shard, shard_axis
+from hope_pt.optim.clocks import Clocked
+from hope_pt.optim.deep import DeepOptimizer
+from hope_pt.optim.groups import Group, group_parameters
+from hope_pt.optim.nested import INITIAL_STATE, RESTART, Nested
+from hope_pt.optim.rules import UpdateRule, make_rule
 
 
 @dataclass(frozen=True)
@@ -45,17 +57,36 @@ class Piece:
 
 
 class OuterOptimizer:
-    """The optimizer of the parameters with the given canonical names, which `pieces` (models in their wrappers) hold."""
+    """The optimizer of the parameters with the given canonical names, which `models` in their wrappers hold.
+
+    sharding: "none", every rank keeps everything; "elements", slices; "layers", whole parameters. rules: the optimizer of every parameter,
+    by name. owner_of: with "layers", the rank of the data and context axes that updates a parameter. pieces: what this rank updates.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, models: Sequence[DistributedDataParallel], config: RunConfig, plan: Plan):
         self._plan, self._clip = plan, config.optim.clip
-        self.is_distributed = config.engine.distributed_optimizer
-        groups = _groups(parameters, config=config)
-        inner = plan.provider.adam(groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps)
-        self._megatron = _wrap(inner, models=models, config=config, plan=plan)
-        # After the wrappers, which look for the type of the optimizer and replace its parameters.
-        self._clocked = self._megatron.optimizer = Clocked(inner)
-        self.pieces = _distributed_pieces(self._megatron, parameters) if self.is_distributed else _whole_pieces(parameters)
+        self.sharding = sharding(config)
+        shapes = whole_shapes(parameters, ranks=plan.groups.tensor.size())
+        groups = group_parameters(shapes, config=config.model, optim=config.optim)
+        self.rules = {name: group.rule.optimizer for group in groups for name in group.names}
+        self._exchange: Exchange | None = None
+        self.owner_of: dict[str, int] = {}
+        if self.sharding == "layers":
+            replicas = plan.groups.data_context
+            periods = {name: group.rule.period for group in groups for name in group.names}
+            self.owner_of = owners(update_costs(shapes, config=config), periods=periods, ranks=replicas.size())
+            self._exchange = Exchange(parameters, owner_of=self.owner_of, periods=periods, group=replicas)
+            groups = groups_of(groups, owner_of=self.owner_of, rank=replicas.rank())
+        inner = _inner(groups, parameters, config=config, plan=plan)
+        self._deep = next((optimizer for optimizer in inner if isinstance(optimizer, DeepOptimizer)), None)
+        self._deep_group = {name: number for number, group in enumerate(_deep_groups(groups)) for name in group.names}
+        restarts = any(group.rule.restart for group in groups)
+        self._clocked = Clocked(*(Nested(optimizer) if restarts else optimizer for optimizer in inner))
+        self._megatron = _wrap(inner[0] if self.sharding == "elements" else self._clocked, models=models, config=config, plan=plan)
+        # After the wrappers: megatron's distributed optimizer looks for the type of its inner one, and all replace parameters.
+        self._megatron.optimizer = self._clocked
+        owned = {name: parameters[name] for group in groups for name in group.names}
+        self.pieces = _distributed_pieces(self._megatron, owned) if self.sharding == "elements" else _whole_pieces(owned)
         name_of = {id(piece.main): name for name, piece in self.pieces.items()}
         self._names = [name_of[id(param)] for param in self._clocked.params()]
 
@@ -74,15 +105,25 @@ class OuterOptimizer:
 
         Gradients with a non-finite norm are dropped: no parameter and no accumulator sees them, but all clocks advance.
         """
-        for group in self._megatron.param_groups:
-            group["lr"] = lr
+        for group in self._clocked.param_groups:
+            # DeepOptimizer applies the scales of its groups itself.
+            group["lr"] = lr if "rule" in group else lr * group["lr_scale"]
         self._megatron.prepare_grads()
         grad_norm = self._clip_gradients()
         skipped = not math.isfinite(grad_norm)
         if skipped:
             self._megatron.zero_grad(set_to_none=True)
+        # What `self._megatron.optimizer` is: its step, then masters to bf16 weights.
         self._megatron.step_with_ready_grads()
+        if self._exchange:
+            self._exchange.run(num_calls=self.num_calls)
         return grad_norm, skipped
+
+    def own_shape(self, name: str, key: str) -> tuple[int, ...]:
+        """Shape of this rank's tensor `key` of the parameter `name` where it is not the parameter's, else ()."""
+        if self._deep is None or name not in self._deep_group:
+            return ()
+        return self._deep.own_shapes(self._deep_group[name]).get(key.removeprefix(INITIAL_STATE), ())
 
     def entries(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's tensors of every piece that has any, by parameter: references, shaped like the piece."""
@@ -110,38 +151,60 @@ class OuterOptimizer:
         ]
         norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=self._plan.device)]
         squares = torch.stack(norms).square().sum()
-        dist.all_reduce(squares, group=dist.group.WORLD if self.is_distributed else groups.model)
+        dist.all_reduce(squares, group=dist.group.WORLD if self.sharding != "none" else groups.model)
         norm = math.sqrt(float(squares))
         if math.isfinite(norm) and norm > self._clip and parameters:
             torch._foreach_mul_([parameter.grad for parameter in parameters], self._clip / norm)
         return norm
 
 
-def _groups(parameters: Mapping[str, nn.Parameter], *, config: RunConfig) -> list[dict[str, Any]]:
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    return [
-        {
-            "params": [parameters[name] for name in group.names],
-            "weight_decay": config.optim.weight_decay if group.rule.decay else 0.0,
-            "period": group.rule.period,
-        }
-        for group in group_parameters(shapes, config=config.model)
-    ]
+def whole_shapes(parameters: Mapping[str, Tensor], *, ranks: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the whole parameters of which each of `ranks` tensor-parallel ranks has a part."""
+    return {name: Shard(name, value, shard_axis(name), 0, ranks).full_shape for name, value in parameters.items()}
 
 
-def _wrap(inner: torch.optim.Optimizer, *, models: Sequence[DistributedDataParallel], config: RunConfig, plan: Plan) -> MegatronOptimizer:
-    bf16 = plan.dtype == torch.bfloat16
+def _deep_groups(groups: Sequence[Group]) -> list[Group]:
+    return [group for group in groups if group.rule.optimizer != "adamw"]
+
+
+def _inner(
+    groups: Sequence[Group], parameters: Mapping[str, nn.Parameter], *, config: RunConfig, plan: Plan
+) -> list[torch.optim.Optimizer]:
+    """AdamW of the provider for its groups, `DeepOptimizer` for the others; neither where a rank has none of its parameters."""
+    optim, deep = config.optim, _deep_groups(groups)
+    inner: list[Optimizer] = []
+    plain = [_torch_group(group, parameters, optim=optim) for group in groups if group not in deep]
+    if plain:
+        inner.append(plan.provider.adam(plain, lr=optim.lr, betas=optim.betas, eps=optim.eps))
+    if deep:
+        rules: dict[str, UpdateRule] = {group.rule.optimizer: make_rule(group.rule.optimizer, optim=optim) for group in deep}
+        matrices = [
+            matrices_of(group.view, ndim=parameters[group.names[0]].dim(), group=plan.groups.tensor) for group in deep if group.view
+        ]
+        inner.append(DeepOptimizer([_torch_group(group, parameters, optim=optim) for group in deep], rules=rules, matrices=matrices))
+    return inner
+
+
+def _torch_group(group: Group, parameters: Mapping[str, nn.Parameter], *, optim: OptimConfig) -> dict[str, Any]:
+    rule = group.rule
+    settings = {"weight_decay": optim.weight_decay if rule.decay else 0.0, "period": rule.period, "lr_scale": rule.lr_scale}
+    deep = {} if rule.optimizer == "adamw" else {"rule": rule.optimizer}
+    return {"params": [parameters[name] for name in group.names], **settings, RESTART: rule.restart, **deep}
+
+
+def _wrap(inner: Any, *, models: Sequence[DistributedDataParallel], config: RunConfig, plan: Plan) -> MegatronOptimizer:
+    bf16, elements = plan.dtype == torch.bfloat16, sharding(config) == "elements"
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.optim.lr,
         clip_grad=config.optim.clip,
         bf16=bf16,
         params_dtype=plan.dtype,
-        use_distributed_optimizer=config.engine.distributed_optimizer,
+        use_distributed_optimizer=elements,
         overlap_param_gather=config.engine.overlap_param_gather,
     )
     with cuda_type_names(plan.device):
-        if config.engine.distributed_optimizer:
+        if elements:
             with torch.no_grad():  # its shards of fp32 parameters are views, which must not belong to a graph
                 return DistributedOptimizer(
                     inner,

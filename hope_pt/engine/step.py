@@ -26,6 +26,7 @@ from hope_kernels.linear_cross_entropy import head_backend
 from hope_pt.config.schema import RunConfig
 from hope_pt.engine.collectives import is_broken
 from hope_pt.engine.compat import quiet
+from hope_pt.engine.mesh import sharding
 from hope_pt.engine.micro import BatchLike, MicroBatch, join_losses, micro_batches, own_rows
 from hope_pt.engine.model import build_model, named_parameters
 from hope_pt.engine.optimizer import OuterOptimizer
@@ -221,7 +222,7 @@ def _wrap(pieces: Sequence[GPTModel], *, config: RunConfig, plan: Plan) -> list[
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=engine.overlap_grad_reduce,
         overlap_param_gather=engine.overlap_param_gather,
-        use_distributed_optimizer=engine.distributed_optimizer,
+        use_distributed_optimizer=sharding(config) == "elements",
     )
     models = [
         # Later pieces are not on the critical path of the communication and are not cut into buckets.

@@ -10,16 +10,40 @@ the inner optimizers' own groups, set `.grad`, and call `step`. The accumulated 
 beside the moments, one "accumulated" tensor per parameter of a slow group.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from hope_pt.errors import CheckpointError
 
 PERIOD = "period"
 ACCUMULATED = "accumulated"
+
+
+class Inner(Protocol):
+    """What runs under a clock: a torch optimizer, or what has its interface."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As torch's."""
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:
+        """As torch's."""
+
+    def step(self) -> Any:
+        """Update the parameters that have a gradient."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear `.grad` of all parameters."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse."""
 
 
 class Clocked:
@@ -28,7 +52,7 @@ class Clocked:
     Groups and parameters are counted over all inner optimizers, in the order in which these are given.
     """
 
-    def __init__(self, *inner: Optimizer):
+    def __init__(self, *inner: Inner):
         self.inner = inner
         self.num_calls = 0
         self._accumulated: dict[Tensor, Tensor] = {}
@@ -122,5 +146,5 @@ class Clocked:
         return [param for group in self.param_groups for param in group["params"]]
 
 
-def _num_params(optimizer: Optimizer) -> int:
+def _num_params(optimizer: Inner) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups)

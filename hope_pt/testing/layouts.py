@@ -3,20 +3,20 @@
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from hope_pt.config.schema import RunConfig
 from hope_pt.engine import Launch, TrainEngine, start, stop
 from hope_pt.engine.sharding import shard_axis
 from hope_pt.nn import HopeLM
 from hope_pt.nn.state import LMState
-from hope_pt.optim import Clocked, group_parameters, learning_rate
+from hope_pt.optim import Clocked, DeepOptimizer, Matrices, group_parameters, learning_rate, make_rule
 from hope_pt.testing.batches import RandomBatch, random_batch
 
 
@@ -48,19 +48,10 @@ def batch_at(config: RunConfig, step: int) -> RandomBatch:
 
 
 def train_plainly(config: RunConfig, *, steps: int, dtype: torch.dtype = torch.float32) -> Trained:
-    """HopeLM, autograd, torch's AdamW and the clocks: no engine, no megatron. The oracle of every layout."""
+    """HopeLM, autograd, the optimizers and the clocks: no engine, no megatron. The oracle of every layout (not of nested levels and DGD)."""
     lm = HopeLM(config.model, seed=config.train.seed).to(dtype)
     parameters = dict(lm.named_parameters())
-    groups = group_parameters({name: tuple(p.shape) for name, p in parameters.items()}, config=config.model)
-    rules = [
-        {
-            "params": [parameters[name] for name in group.names],
-            "weight_decay": config.optim.weight_decay * group.rule.decay,
-            "period": group.rule.period,
-        }
-        for group in groups
-    ]
-    clocked = Clocked(torch.optim.AdamW(rules, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps))
+    clocked = _plain_optimizer(parameters, config)
     losses, norms = [], []
     gradients: dict[str, Tensor] = {}
     for step in range(steps):
@@ -70,9 +61,33 @@ def train_plainly(config: RunConfig, *, steps: int, dtype: torch.dtype = torch.f
         norms.append(float(torch.nn.utils.clip_grad_norm_(lm.parameters(), config.optim.clip)))
         gradients = gradients or {name: p.grad.clone() for name, p in parameters.items()}
         for group in clocked.param_groups:
-            group["lr"] = learning_rate(step, optim=config.optim, num_steps=config.train.steps)
+            rate = learning_rate(step, optim=config.optim, num_steps=config.train.steps)
+            group["lr"] = rate if "rule" in group else rate * group["lr_scale"]
         clocked.step()
     return Trained(tuple(losses), tuple(norms), gradients, {name: p.detach().clone() for name, p in parameters.items()})
+
+
+def _plain_optimizer(parameters: Mapping[str, nn.Parameter], config: RunConfig) -> Clocked:
+    """torch's AdamW and the deep rules under one clock."""
+    optim = config.optim
+    groups = group_parameters({name: tuple(p.shape) for name, p in parameters.items()}, config=config.model, optim=optim)
+    plain, deep, matrices, rules = [], [], [], {}
+    for group in groups:
+        rule = group.rule
+        settings: dict[str, Any] = {
+            "params": [parameters[name] for name in group.names],
+            "weight_decay": optim.weight_decay * rule.decay,
+            "period": rule.period,
+            "lr_scale": rule.lr_scale,
+        }
+        if group.view is None:
+            plain.append(settings)
+        else:
+            deep.append({**settings, "rule": rule.optimizer})
+            matrices.append(Matrices(group.view))
+            rules[rule.optimizer] = make_rule(rule.optimizer, optim=optim)
+    adamw = torch.optim.AdamW(plain, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    return Clocked(adamw, DeepOptimizer(deep, rules=rules, matrices=matrices)) if deep else Clocked(adamw)
 
 
 def _backward(lm: HopeLM, batch: RandomBatch, *, segments: int) -> float:

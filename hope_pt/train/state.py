@@ -15,7 +15,7 @@ from hope_pt.engine import collectives
 from hope_pt.engine.sharding import Shard
 from hope_pt.train import rng
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

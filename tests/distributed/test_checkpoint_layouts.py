@@ -68,7 +68,7 @@ def train_and_save(trainer: TrainEngine, root: Path, layout: str) -> list[float]
     advance(trainer, range(SAVED_AFTER))
     progress = Progress(step=SAVED_AFTER, consumed=ROWS * SAVED_AFTER)
     shards, meta = capture(trainer, progress=progress, config=trainer.config, fingerprint="", code_version="")
-    assert len(meta["engine"]["open"]) > 0, "the slow levels must be within their intervals"
+    assert len(meta["engine"]["tensors"]["accumulated"]) > 0, "the slow levels must be within their intervals"
     arguments = {"step": SAVED_AFTER, "shards": shards, "meta": meta, "layout": layout, "keep": 1, "keep_every": 0}
     if layout in IN_BACKGROUND:
         return advance(trainer, range(SAVED_AFTER, STEPS), saving=checkpoint.Saving(root, **arguments))

@@ -58,12 +58,16 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Images [B, 8, 8] -> logits [B, 10]."""
 
-    def __init__(self, *, width: int = 64, heads: int = 4, depth: int = 4):
+    def __init__(self, *, width: int = 64, heads: int = 4, depth: int = 2):
         super().__init__()
         self.patch = nn.Linear(4, width)
-        self.position = nn.Parameter(0.02 * torch.randn(16, width))
+        self.position = nn.Parameter(0.3 * torch.randn(16, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+        for name, param in self.blocks.named_parameters():
+            if param.ndim == 2:
+                branches = 2 * depth if name.endswith(("out.weight", "down.weight")) else 1
+                nn.init.normal_(param, std=1 / math.sqrt(param.shape[1] * branches))
 
     def forward(self, images: Tensor) -> Tensor:
         patches = images.unflatten(1, (4, 2)).unflatten(3, (4, 2)).transpose(2, 3).flatten(3).flatten(1, 2)
@@ -218,10 +222,10 @@ def draw(axes: Sequence[Axes], runs: Mapping[str, Sequence[Mapping[str, Any]]]) 
 def main() -> int:
     """All runs, table, JSON and figure."""
     parser = argparse.ArgumentParser(description="Optimizers on a small vision transformer and scikit-learn's digits.")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS), help="AdamW always runs")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--extend", type=int, default=1, help="rates beyond the edge of the grid, where the best lies on it")
+    parser.add_argument("--extend", type=int, default=2, help="rates beyond the edge of the grid, where the best lies on it")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()

@@ -1,4 +1,10 @@
-"""What the memories do on a given text: learning rate, retention, surprise, norm and drift, per layer (no gradient, no state kept)."""
+"""What the memories do on a given text: learning rate, retention, surprise, norm and drift, per layer (no gradient, no state kept).
+
+Surprise of a token is the norm of a memory's error at it, and for the whole model its loss; of both the mean and the value that one token
+in twenty exceeds.
+"""
+
+import math
 
 import torch
 
@@ -8,20 +14,29 @@ from hope_pt.nn.titans import TitansCore
 
 
 @torch.no_grad()
-def diagnostics(model: HopeLM, tokens_BT: torch.Tensor) -> dict[str, float]:
-    """Metrics of M_mem for tokens [B, T], read as fresh documents; {} for a model without memories.
+def diagnostics(model: HopeLM, tokens_BT: torch.Tensor, *, targets_BT: torch.Tensor) -> dict[str, float]:
+    """Metrics of M_mem for tokens and targets [B, T], read as fresh documents; {} for a model without memories.
 
-    memory/layer{i}/eta_mean, alpha_mean: the gates. surprise: mean norm of the error at the anchors. norm_ratio: |W_T| / |W_0| at the
-    end, norm_ratio_max the largest at any chunk end. drift: |W_T - W_0| / |W_0|.
+    memory/layer{i}/eta_mean, alpha_mean: the gates. surprise, surprise_p95: norm of the error at the anchors. norm_ratio: |W_T| / |W_0|
+    at the end, norm_ratio_max the largest at any chunk end. drift: |W_T - W_0| / |W_0|. memory/token_loss, token_loss_p95: nats of the
+    targets; those that are no token, such as -100, do not count.
     """
     metrics: dict[str, float] = {}
+    if not any(isinstance(block.mixer.core, TitansCore) for block in model.blocks):
+        return metrics
     x = model.embedding(tokens_BT)
     for index, block in enumerate(model.blocks):
         if isinstance(block.mixer.core, TitansCore):
             found = _core_diagnostics(block.mixer.core, block.mixer.project(block.norm(x)))
             metrics |= {f"memory/layer{index}/{name}": value for name, value in found.items()}
         x, _ = block(x)
-    return metrics
+    losses = model.token_losses(tokens_BT, targets_BT)[targets_BT >= 0]
+    return metrics | {"memory/token_loss": losses.mean().item(), "memory/token_loss_p95": _p95(losses)}
+
+
+def _p95(values: torch.Tensor) -> float:
+    """The least value that at most one in twenty exceeds."""
+    return values.flatten().kthvalue(math.ceil(0.95 * values.numel())).values.item()
 
 
 def _norm(weights: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -49,6 +64,7 @@ def _core_diagnostics(core: TitansCore, projected_BTP: torch.Tensor) -> dict[str
         "eta_mean": generated.eta.mean().item(),
         "alpha_mean": generated.log_alpha.exp().mean().item(),
         "surprise": torch.cat(errors, -1).mean().item(),
+        "surprise_p95": _p95(torch.cat(errors, -1)),
         "norm_ratio": ratios[-1].mean().item(),
         "norm_ratio_max": torch.stack(ratios).max().item(),
         "drift": (moved / begin).mean().item(),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hope_pt.config.schema import ModelConfig
+from hope_pt.optim.matrices import Matrices
 
 Total = Callable[[Tensor], None]
 """Adds a tensor over all ranks of the job, in place; every rank calls it in the same order."""
@@ -23,7 +24,7 @@ class Held:
 
     main: fp32, elements first to first + numel of a flattened shard of shape `shard_shape`; the shard is part `index` of `count` equal
     ones of the whole along `axis` (None: it is the whole). counted: whether sums over all ranks take this rank's values; every element is
-    counted by exactly one rank.
+    counted by exactly one rank. matrices: how this shard is part of whole matrices, where its rule orthogonalises.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Held:
     index: int = 0
     count: int = 1
     counted: bool = True
+    matrices: Matrices | None = None
 
     def runs(self, *values: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """(element numbers in the whole parameter [n] int64, the same elements of each given tensor [n] fp32) in runs of bounded size."""

@@ -6,6 +6,8 @@ weights W, over all its parameters and ranks:
     update_norm   |d|, d = W - W_before            update_ratio  |d| / |W_before|
     cosine        <d, d'> / (|d| |d'|) with the update d' before it
     drift         |W - W_start| / |W_start|, W_start as the run began
+    residual      |O O^T - I| / sqrt(n) of its matrices with n singular values, where the rule orthogonalises: O is d, decay included,
+                  scaled so that the mean of its squared singular values is 1, so 0 is an isometry
 
 Norms of updates are exact. No copy of d' or W_start is kept but their sketches (`hope_pt.optim.sketch`), which are linear and therefore
 add up over shards: a cosine c has an error of (1 - c^2) 0.022, a drift one of 1.6 % of itself (one standard deviation).
@@ -22,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope_pt.config.schema import ModelConfig
+from hope_pt.config.schema import ModelConfig, OptimConfig, OptimizerName
 from hope_pt.optim.groups import rule_of
 from hope_pt.optim.guards import is_frozen
 from hope_pt.optim.held import Held, Total, dot, level_of, period_of
 from hope_pt.optim.sketch import BUCKETS, sketch
 
-# In front of the sketches: |d|^2, |W_before|^2, elements of d that are not finite, elements.
-_SUMS = 4
+# In front of the sketches: |d|^2, |W_before|^2, elements of d that are not finite, elements; residual times elements, such elements.
+_SUMS = 6
 # A drift below this is rounding of the sketch.
 _LEAST = 1e-12
 
@@ -127,7 +129,7 @@ class Measures:
             if self.is_measured(row, call):
                 found |= {f"optim/{row}/{name}": value for name, value in reported.items()}
         if found:
-            bad, elements = sums[:, 2:_SUMS].sum(0).tolist()
+            bad, elements = sums[:, 2:4].sum(0).tolist()
             found |= {"optim/nonfinite_share": bad / elements, "optim/skipped_share": self.skipped / call} | self._counts(call)
         return found
 
@@ -144,7 +146,12 @@ class Measures:
     def _add(self, sums: Tensor, one: Held, before: Tensor) -> None:
         step = one.main - before
         bad = (~step.isfinite()).sum(dtype=torch.float64)
-        sums[:_SUMS] += torch.stack([dot(step, step), dot(before, before), bad, torch.full_like(bad, step.numel())])
+        sums[:4] += torch.stack([dot(step, step), dot(before, before), bad, torch.full_like(bad, step.numel())])
+        if one.matrices:
+            stack = step.float().unsqueeze(0)
+            # Every rank of a matrix gets the same residual, as the value of each of its elements.
+            (residuals,) = one.matrices.apply(_residuals, stack, constants=[one.matrices.rows(stack)])
+            sums[4:_SUMS] += torch.stack([residuals.sum(dtype=torch.float64), torch.full_like(bad, step.numel())])
         sums[_SUMS:] += sketch(one, step, one.main).flatten()
 
     def _row(self, row: str, values: Tensor, *, call: int) -> dict[str, float]:
@@ -162,6 +169,8 @@ class Measures:
         lengths = float(update.norm() * last.norm())
         if before and before == call - self.periods[row] and lengths > 0:
             found["cosine"] = float(update @ last) / lengths
+        if values[5] > 0:
+            found["residual"] = float(values[4] / values[5])
         start = self._start.get(row)
         if start is not None and float(start.norm()) > _LEAST:
             found["drift"] = float((now - start).norm() / start.norm())
@@ -193,6 +202,25 @@ class Measures:
         for period, (updates, last, fed) in scalars["clocks"].items():
             self._clocks[int(period)] = _Clock(updates, last, fed)
         self.skipped = scalars["skipped"]
+
+
+def orthogonalises(rule: OptimizerName, *, optim: OptimConfig) -> bool:
+    """Whether the directions of a rule come out of Newton-Schulz."""
+    if rule in ("momentum", "delta_momentum"):
+        return optim.momentum.preconditioner == "newton_schulz"
+    return rule in ("muon", "m3") or (rule == "deep_momentum" and optim.deep_momentum.output == "newton_schulz")
+
+
+def _residuals(x_MRC: Tensor, rows_M: Tensor) -> tuple[Tensor]:
+    """The residual of every matrix, of which `rows` [M, 1, 1] are not padding, at all of its places [M, R, C].
+
+    With squared singular values l: |O O^T - I|^2 / n = n sum(l^2) / (sum l)^2 - 1.
+    """
+    tall = x_MRC.shape[-2] > x_MRC.shape[-1]
+    gram = x_MRC.mT @ x_MRC if tall else x_MRC @ x_MRC.mT
+    total = x_MRC.square().sum((-2, -1), keepdim=True).clamp_min(torch.finfo(x_MRC.dtype).tiny)
+    spread = (gram / total).square().sum((-2, -1), keepdim=True) * rows_M.clamp(max=x_MRC.shape[-1])
+    return ((spread - 1).clamp_min(0).sqrt().expand_as(x_MRC).contiguous(),)
 
 
 def _rows(names: Iterable[str], values: Tensor) -> dict[str, Tensor]:

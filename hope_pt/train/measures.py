@@ -47,10 +47,11 @@ def baselines(config: RunConfig, *, train: Source, heldout: Source) -> Measure:
 
 def diagnostics(*, trainer: TrainEngine, plan: Plan, heldout: Source) -> Measure:
     """Per layer eta, alpha, surprise, memory norm and drift on the first held-out sequences, as `memory/...` values, on the first rank."""
-    tokens_BT = heldout.read(np.arange(min(DIAGNOSTIC_SEQUENCES, heldout.num_samples))).tokens_BT
+    batch = heldout.read(np.arange(min(DIAGNOSTIC_SEQUENCES, heldout.num_samples)))
+    targets_BT = batch.targets_BT.masked_fill(batch.loss_mask_BT == 0, -100)
 
     def measure() -> dict[str, float]:
         lm = trainer.to_lm()
-        return nn.diagnostics(lm.to(plan.device), tokens_BT.to(plan.device)) if lm else {}
+        return nn.diagnostics(lm.to(plan.device), batch.tokens_BT.to(plan.device), targets_BT=targets_BT.to(plan.device)) if lm else {}
 
     return measure

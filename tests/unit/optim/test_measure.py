@@ -5,15 +5,18 @@ Norms are exact (fp64 sums). The errors of sketches are random with a known stan
 
 import copy
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from hope_pt.config.schema import CMSConfig, ModelConfig
+from hope_kernels.newton_schulz import newton_schulz
+from hope_pt.config.schema import CMSConfig, ModelConfig, MomentumConfig, OptimConfig, OptimizerName
 from hope_pt.optim import Clocked
 from hope_pt.optim.guards import Guards
 from hope_pt.optim.held import Held
-from hope_pt.optim.measure import Measures
+from hope_pt.optim.matrices import Matrices, view_of
+from hope_pt.optim.measure import Measures, orthogonalises
 from hope_pt.optim.sketch import BUCKETS, sketch
 from hope_pt.optim.watch import Watched
 from hope_pt.testing.configs import tiny_model, tiny_run
@@ -203,3 +206,32 @@ def test_frozen_levels_have_no_row_and_periods_by_depth_have_their_own():
     assert measures.periods == {"level0/block0": 4, "level0/block1": 2}
     found = measures.take({one.name: one.main for one in held}, call=2, skipped=False)
     assert set(found) >= {"optim/level0/block0/since", "optim/level0/block1/updates"}
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mixer.in_proj.weight", "blocks.1.cms.levels.1.w_down.weight"])
+def test_the_residual_is_that_of_every_matrix_of_the_update(name):
+    model = tiny_model(periods=(1, 1))
+    width = model.width
+    shape = (4 * width, width) if "in_proj" in name else (width, 24)
+    generator = torch.Generator().manual_seed(2)
+    before, moved = torch.randn(2, *shape, generator=generator)
+    held = Held(name, before + 0.01 * moved, shape, matrices=Matrices(view_of(name, config=model)))
+    measures = measures_of([held], every=1, model=model, shapes={name: shape})
+    measures.begin()
+    found = measures.take({name: before}, call=1, skipped=False)
+    expected = []
+    for matrix in view_of(name, config=model).to_matrices(moved.unsqueeze(0)).double():
+        squares = torch.linalg.svdvals(matrix) ** 2
+        expected.append((squares / squares.mean() - 1).square().mean().sqrt())
+    row = next(key for key in found if key.endswith("/residual"))
+    assert len(expected) == (4 if "in_proj" in name else 1)
+    assert found[row] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-3)
+    if len(expected) == 1:
+        held.main.copy_(before + newton_schulz(moved, steps=30, coefficients=(1.5, -0.5, 0.0)))
+        assert measures.take({name: before}, call=2, skipped=False)[row] < 1e-2
+
+
+def test_rules_that_orthogonalise():
+    optim = OptimConfig(momentum=MomentumConfig(preconditioner="newton_schulz"))
+    assert [rule for rule in get_args(OptimizerName) if orthogonalises(rule, optim=optim)] == ["muon", "m3", "momentum", "delta_momentum"]
+    assert [rule for rule in get_args(OptimizerName) if orthogonalises(rule, optim=OptimConfig())] == ["muon", "m3"]

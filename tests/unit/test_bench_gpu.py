@@ -114,5 +114,5 @@ def test_tuning_takes_the_fastest_warps_of_every_kernel(monkeypatch):
 
 
 def test_the_table_of_tuning_is_written_as_it_is_stored():
-    stored = {f"{key[0]}x{key[1]}": {"tile": entry.tile, "warps": entry.warps} for key, entry in table().items()}
+    stored = {f"{key[0]}x{key[1]}": gpu_tune.as_stored(entry) for key, entry in table().items()}
     assert json.loads(gpu_tune.as_text(stored)) == json.loads((ROOT / "kernels" / "hope_kernels" / "tuning.json").read_text())

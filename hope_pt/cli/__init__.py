@@ -1,4 +1,4 @@
-"""The `hope` command: `train`, `eval`, `generate`, `report`, `summary`, `estimate`, `doctor`, `config`.
+"""The `hope` command: `train`, `eval`, `generate`, `stack`, `report`, `summary`, `estimate`, `doctor`, `config`.
 
 This file parses arguments and turns exceptions into exit codes; each command is a module that is imported when it runs, so that
 `hope --help` answers at once. Exit codes: 0 done; 2 the user's error, one line on standard error; 1 our bug, with its traceback;
@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(module="evaluate")
 
     _add_generate(commands)
+    _add_stack(commands)
     _add_costs(commands)
 
     report = commands.add_parser("report", help="write RUN/report.html: curves, evaluations, memory heat maps, samples")
@@ -120,6 +121,16 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     generate.add_argument("--save-memory", metavar="FILE", help="write the model's memory after the last token here")
     generate.add_argument("--load-memory", metavar="FILE", help="begin with the memory that --save-memory wrote")
     generate.set_defaults(module="generate")
+
+
+def _add_stack(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    stack = commands.add_parser("stack", help="make a trained model with one CMS level the start of one with several")
+    stack.add_argument("run", metavar="RUN", help="run directory")
+    stack.add_argument("--how", required=True, choices=("assign_by_depth", "clone_k"), help="periods of the blocks, or more levels")
+    stack.add_argument("--periods", required=True, metavar="N,N,...", help="optimizer steps between updates, fastest first: 1,4,16")
+    stack.add_argument("--out", required=True, metavar="DIR", help="new directory: start.toml for `hope train`, and the weights")
+    stack.add_argument("--step", type=int, help="this checkpoint instead of the newest")
+    stack.set_defaults(module="stack")
 
 
 def _add_costs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

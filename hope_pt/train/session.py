@@ -30,6 +30,7 @@ from hope_pt.train.hooks.metrics import MetricsHook
 from hope_pt.train.hooks.progress import ProgressHook
 from hope_pt.train.hooks.status import StatusHook
 from hope_pt.train.loop import fit
+from hope_pt.train.start import load_start
 from hope_pt.train.state import Progress, capture, restore
 
 LOG = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ def _train(
     progress = restore(newest, engine=trainer) if newest else Progress()
     if newest:
         LOG.info("continuing from %s", newest.path)
+    elif config.train.start_from:
+        load_start(config, engine=trainer, fingerprint=train.fingerprint)
     writer = plan.rank == 0
     with ExitStack() as stack:
         loader = stack.enter_context(

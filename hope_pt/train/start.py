@@ -1,0 +1,96 @@
+"""A run that begins with the weights of another: `train.start_from`. Not a resume: clocks, moments, samples and learning rate start anew.
+
+In: a run directory, one of its step-... directories, or the directory that `hope stack` wrote, which is a verified checkpoint without
+optimizer state, of step 0, beside a configuration. The weights must be those of this model by name and shape; what else differs (chunk
+lengths, data) is said and allowed.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hope_pt import checkpoint
+from hope_pt.checkpoint import Checkpoint
+from hope_pt.checkpoint.manifest import list_steps, step_of
+from hope_pt.config import diff, loads, to_toml
+from hope_pt.config.schema import ModelConfig, RunConfig
+from hope_pt.engine import collectives
+from hope_pt.engine.sharding import Shard
+from hope_pt.errors import CheckpointError
+from hope_pt.files import replace_text
+from hope_pt.nn import HopeLM
+from hope_pt.train.directory import RunDirectory
+from hope_pt.train.state import FORMAT
+from hope_pt.train.trained import Trained
+
+LOG = logging.getLogger(__name__)
+_MODEL = "model."
+
+
+def load_start(config: RunConfig, *, engine: Any, fingerprint: str) -> None:
+    """Collective. Gives a new `engine` the weights of `train.start_from`; every rank reads all of them. CheckpointError if it cannot."""
+    found = find_start(config.train.start_from)
+    with collectives.together():
+        tensors = found.tensors(prefix=_MODEL)
+        _check_shapes(config, tensors, path=found.path)
+    _say_differences(config, found, fingerprint=fingerprint)
+    nothing = {"updates": {}, "counts": {}, "tensors": {}, "rules": engine.optimizer.rules}
+    engine.load_state(tensors, {"step": 0, "clock": 0, **nothing})
+
+
+def find_start(path: str | Path) -> Checkpoint:
+    """Collective. The checkpoint that a value of `train.start_from` means, verified."""
+    path = Path(path)
+    if step_of(path) is not None:
+        return checkpoint.load(path)
+    found = checkpoint.load_newest(path if list_steps(path) else RunDirectory(path).checkpoints)
+    if found is None:
+        raise CheckpointError(
+            f'train.start_from = "{path}" has no checkpoint; name a run directory, a step-... directory, or what `hope stack` wrote'
+        )
+    return found
+
+
+def write_start(out: Path, *, trained: Trained, model: ModelConfig, weights: Mapping[str, Tensor]) -> Path:
+    """Writes the new directory `out`, `weights` under HopeLM's names, for a run called like it; returns the path of its configuration.
+
+    That is the one of the trained run with another model and this start. CheckpointError if the disk refuses it.
+    """
+    train = trained.config.train.model_copy(update={"start_from": str(out)})
+    config = trained.config.model_copy(update={"name": out.name, "model": model, "train": train})
+    text = to_toml(config)
+    loads(text, source=str(out))  # a name that no run may have, for example
+    meta = {"format": FORMAT, "step": 0, "config": text, "fingerprint": trained.fingerprint, "trained_as": trained.config.name}
+    shards = [Shard(_MODEL + name, value) for name, value in weights.items()]
+    checkpoint.save(out, step=0, shards=shards, meta={**meta, "trained_steps": trained.step}, layout="one process", keep=1, keep_every=0)
+    path = out / "start.toml"
+    replace_text(path, text=text)
+    return path
+
+
+def _check_shapes(config: RunConfig, tensors: dict[str, Tensor], *, path: Path) -> None:
+    wanted = {name: tuple(value.shape) for name, value in HopeLM(config.model, device=torch.device("meta")).state_dict().items()}
+    stored = {name.removeprefix(_MODEL): tuple(value.shape) for name, value in tensors.items()}
+    names = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
+    if names:
+        there, here = (shapes.get(names[0], "absent") for shapes in (stored, wanted))
+        raise CheckpointError(
+            f'train.start_from = "{config.train.start_from}": {len(names)} tensors of {path} are not those of this model, the first '
+            f"{names[0]} ({there} there, {here} here); give the model the settings that it was trained with"
+        )
+
+
+def _say_differences(config: RunConfig, found: Checkpoint, *, fingerprint: str) -> None:
+    if collectives.rank() != 0:
+        return
+    LOG.info("beginning with the weights of %s", found.path)
+    stored = loads(found.meta["config"], source=str(found.path / "meta.json"))
+    changes = diff(stored.model, config.model)
+    if changes:
+        LOG.warning("the weights were trained with another model: %s", "; ".join(changes))
+    if found.meta["fingerprint"] != fingerprint:
+        LOG.warning("the weights were trained on other data (fingerprint %s); the tokenizer has to be the same", found.meta["fingerprint"])

@@ -1,7 +1,7 @@
 """The outer optimizer inside megatron-core's wrappers.
 
-    AdamW, DeepOptimizer <- Clocked (per-group clocks) <- FP32Optimizer | Float16OptimizerWithFloat16Params (fp32 masters)
-    AdamW alone          <- Clocked                    <- DistributedOptimizer (a slice of everything on each data-parallel rank)
+    AdamW, DeepOptimizer <- Clocked (per-group clocks) <- Watched <- FP32Optimizer | Float16OptimizerWithFloat16Params (fp32 masters)
+    AdamW alone          <- Clocked                    <- Watched <- DistributedOptimizer (a slice of everything on each data-parallel rank)
 
 The wrappers do what depends on the layout: gradients from the reduction buffers, which of them a rank counts in the norm, master
 weights. With `engine.distributed_optimizer` AdamW's state is cut anywhere; with a rule that needs whole matrices the ranks divide the
@@ -11,7 +11,6 @@ group accumulates them: an interval is a sum of clipped gradients.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,27 +32,13 @@ from hope_pt.engine.matrices import matrices_of
 from hope_pt.engine.mesh import sharding
 from hope_pt.engine.plan import Plan
 from hope_pt.engine.sharding import Shard, shard_axis
+from hope_pt.engine.watching import Piece, watch
 from hope_pt.optim.clocks import Clocked
 from hope_pt.optim.deep import DeepOptimizer
 from hope_pt.optim.groups import Group, group_parameters
+from hope_pt.optim.guards import START
 from hope_pt.optim.nested import INITIAL_STATE, RESTART, Nested
 from hope_pt.optim.rules import UpdateRule, make_rule
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What this rank's optimizer updates of one parameter: the fp32 tensor `main`, elements first to end of the flattened parameter.
-
-    Without the distributed optimizer that is all of it, in its own shape.
-    """
-
-    main: Tensor
-    first: int
-    end: int
-
-    def cut(self, value: Tensor) -> Tensor:
-        """This piece of a tensor of the parameter's shape."""
-        return value.reshape(-1)[self.first : self.end].view(self.main.shape)
 
 
 class OuterOptimizer:
@@ -61,6 +46,7 @@ class OuterOptimizer:
 
     sharding: "none", every rank keeps everything; "elements", slices; "layers", whole parameters. rules: the optimizer of every parameter,
     by name. owner_of: with "layers", the rank of the data and context axes that updates a parameter. pieces: what this rank updates.
+    watched: guard rails and measurements.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, models: Sequence[DistributedDataParallel], config: RunConfig, plan: Plan):
@@ -83,12 +69,16 @@ class OuterOptimizer:
         restarts = any(group.rule.restart for group in groups)
         self._clocked = Clocked(*(Nested(optimizer) if restarts else optimizer for optimizer in inner))
         self._megatron = _wrap(inner[0] if self.sharding == "elements" else self._clocked, models=models, config=config, plan=plan)
-        # After the wrappers: megatron's distributed optimizer looks for the type of its inner one, and all replace parameters.
-        self._megatron.optimizer = self._clocked
         owned = {name: parameters[name] for group in groups for name in group.names}
         self.pieces = _distributed_pieces(self._megatron, owned) if self.sharding == "elements" else _whole_pieces(owned)
         name_of = {id(piece.main): name for name, piece in self.pieces.items()}
         self._names = [name_of[id(param)] for param in self._clocked.params()]
+        shared = self.sharding == "none"
+        self.watched, self._frozen = watch(
+            self._clocked, pieces=self.pieces, parameters=parameters, groups=groups, shared=shared, config=config, plan=plan
+        )
+        # After the wrappers: megatron's distributed optimizer looks for the type of its inner one, and all replace parameters.
+        self._megatron.optimizer = self.watched
 
     @property
     def num_calls(self) -> int:
@@ -109,10 +99,13 @@ class OuterOptimizer:
             # DeepOptimizer applies the scales of its groups itself.
             group["lr"] = lr if "rule" in group else lr * group["lr_scale"]
         self._megatron.prepare_grads()
+        for main in self._frozen:
+            main.grad = None
         grad_norm = self._clip_gradients()
         skipped = not math.isfinite(grad_norm)
         if skipped:
             self._megatron.zero_grad(set_to_none=True)
+        self.watched.skipped = skipped
         # What `self._megatron.optimizer` is: its step, then masters to bf16 weights.
         self._megatron.step_with_ready_grads()
         if self._exchange:
@@ -128,11 +121,16 @@ class OuterOptimizer:
     def entries(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's tensors of every piece that has any, by parameter: references, shaped like the piece."""
         state = self._clocked.state_dict()["state"]
-        return {name: state[index] for index, name in enumerate(self._names) if index in state}
+        found = {name: dict(state[index]) for index, name in enumerate(self._names) if index in state}
+        for name, start in self.watched.guards.starts.items():
+            found.setdefault(name, {})[START] = start
+        return found
 
     def restore(self, entries: Mapping[str, dict[str, Tensor]], *, num_calls: int) -> None:
         """The inverse of `entries`, and of `num_calls`."""
-        state = {index: entries[name] for index, name in enumerate(self._names) if entries.get(name)}
+        self.watched.guards.starts = {name: entry[START] for name, entry in entries.items() if START in entry}
+        inner = {name: {key: value for key, value in entry.items() if key != START} for name, entry in entries.items()}
+        state = {index: inner[name] for index, name in enumerate(self._names) if inner.get(name)}
         self._clocked.load_state_dict({**self._clocked.state_dict(), "state": state, "num_calls": num_calls})
 
     def _clip_gradients(self) -> float:

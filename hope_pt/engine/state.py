@@ -29,6 +29,8 @@ from hope_pt.optim.clocks import ACCUMULATED
 
 # torch's name for the number of updates of one parameter.
 _UPDATES = "step"
+# Before the names of what guard rails and measurements keep.
+_WATCH = "watch."
 
 Read = Callable[[list[Shard]], None]
 
@@ -66,7 +68,9 @@ class EngineState:
         """What this rank writes, and the scalars, which are the same on every rank."""
         stored = self.optimizer.entries()
         scalars = self._scalars(stored)
-        return self._owned(self._entries(scalars), stored=stored), scalars
+        tensors, scalars["watch"] = self.optimizer.watched.keeps()
+        watch = [Shard(_WATCH + name, data) for name, data in tensors.items() if self.plan.rank == 0]
+        return self._owned(self._entries(scalars), stored=stored) + watch, scalars
 
     def _owned(self, entries: Sequence[_Entry], *, stored: Mapping[str, Mapping[str, Tensor]]) -> list[Shard]:
         found: list[Shard] = []
@@ -89,7 +93,11 @@ class EngineState:
             for index, entry in enumerate(entries)
             if self._owner(entry, index) == self._replicas.rank()
         }
-        read([self._part(entry, data) for entry, data in mine.items()])
+        # Checkpoints of earlier versions have none.
+        watch = self.optimizer.watched.empty(scalars["watch"]) if "watch" in scalars else {}
+        read([self._part(entry, data) for entry, data in mine.items()] + [Shard(_WATCH + name, data) for name, data in watch.items()])
+        if "watch" in scalars:
+            self.optimizer.watched.take_over(watch, scalars["watch"])
         stored: dict[str, dict[str, Tensor]] = {name: {} for name in self.optimizer.pieces}
         for index, entry in enumerate(entries):
             if entry.key and self.optimizer.sharding == "layers":

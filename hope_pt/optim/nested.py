@@ -78,6 +78,12 @@ class Nested:
         for param, start, fast in ending:
             start.state = self._exchange(param, fast)
 
+    def origin(self, param: Tensor) -> Tensor | None:
+        """What the coming step of a parameter begins from where that is not its value: its initial state, at the end of an interval."""
+        start = self._starts.get(param)
+        restart = next((group.get(RESTART, 0) for group in self.param_groups if any(one is param for one in group["params"])), 0)
+        return start.value if start is not None and start.calls + 1 == restart else None
+
     def _exchange(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """Give the inner optimizer this state of `param`; returns the one that it had."""
         before = self.inner.state.pop(param, {})

@@ -7,7 +7,7 @@ inner optimizer and copy masters to bf16 weights after its `step`. Only what a s
 only for the length of that step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from hope_pt.optim.clocks import Clocked
 from hope_pt.optim.guards import Guards
 from hope_pt.optim.held import Held
 from hope_pt.optim.measure import Measures
+from hope_pt.optim.sketch import BUCKETS
 
 
 class Watched:
@@ -57,6 +58,22 @@ class Watched:
         self.measured = self.measures.take(before, call=call, skipped=self.skipped) if self.measures else {}
         if self.measured:
             self.measured |= self.guards.counts()
+
+    def keeps(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a later session needs beside the optimizers' states, the same on every rank: fp32 tensors and JSON-able scalars."""
+        tensors, scalars = self.measures.state() if self.measures else ({}, None)
+        return tensors, {"acted": {str(level): list(acted) for level, acted in self.guards.acted.items()}, "measures": scalars}
+
+    def empty(self, scalars: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors like those that `keeps` gave with these scalars."""
+        rows = {name: len(scalars["measures"][name]) for name in ("start", "last")} if scalars["measures"] else {}
+        return {name: torch.empty(count, BUCKETS) for name, count in rows.items() if count}
+
+    def take_over(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """The inverse of `keeps`."""
+        self.guards.acted |= {int(level): list(acted) for level, acted in scalars["acted"].items()}
+        if self.measures and scalars["measures"]:
+            self.measures.load(tensors, scalars["measures"])
 
     def _before(self, main: Tensor) -> Tensor:
         origin = self._origin(main)

@@ -2,7 +2,7 @@
 
 A training line has step, loss (nats per token), lr, grad_norm (null where `skipped`: the gradient was not finite and was dropped), tokens
 (cumulative), tokens_per_s, data_s (waiting for data), wall_s (cumulative seconds in steps) and time (Unix seconds). Evaluation and
-diagnostics lines have step and keys that begin with `eval/` or `memory/`.
+diagnostics lines have step and keys that begin with `eval/` or `memory/`, lines about updates keys that begin with `optim/`.
 Python writes a float as the shortest text that reads back to the same bits, so two runs can be compared for equality.
 """
 

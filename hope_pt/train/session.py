@@ -25,6 +25,7 @@ from hope_pt.train.code import code_text, code_version
 from hope_pt.train.directory import RunDirectory
 from hope_pt.train.hooks.base import Hook, StepRecord
 from hope_pt.train.hooks.checkpoint import CheckpointHook
+from hope_pt.train.hooks.levels import LevelsHook
 from hope_pt.train.hooks.measure import MeasureHook
 from hope_pt.train.hooks.metrics import MetricsHook
 from hope_pt.train.hooks.progress import ProgressHook
@@ -154,7 +155,7 @@ def _hooks(
 ) -> list[Hook]:
     """In the order of a step: metrics, measurements, checkpoint, and what the person sees. Only the first rank writes and shows."""
     last, schedule, writer = config.train.steps, config.eval, plan.rank == 0
-    hooks: list[Hook] = [MetricsHook(sinks)]
+    hooks: list[Hook] = [MetricsHook(sinks), LevelsHook(lambda: trainer.optimizer.watched.measured, sinks=sinks)]
     if writer and config.data.source == "shards":
         measure = measures.baselines(config, train=train, heldout=heldout)
         when = {"at_start": True} if schedule.at_start else {"last_step": last}

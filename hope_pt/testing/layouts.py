@@ -17,6 +17,7 @@ from hope_pt.engine.sharding import shard_axis
 from hope_pt.nn import HopeLM
 from hope_pt.nn.state import LMState
 from hope_pt.optim import Clocked, DeepOptimizer, Matrices, group_parameters, learning_rate, make_rule
+from hope_pt.optim.rules import UpdateRule
 from hope_pt.testing.batches import RandomBatch, random_batch
 
 
@@ -48,7 +49,10 @@ def batch_at(config: RunConfig, step: int) -> RandomBatch:
 
 
 def train_plainly(config: RunConfig, *, steps: int, dtype: torch.dtype = torch.float32) -> Trained:
-    """HopeLM, autograd, the optimizers and the clocks: no engine, no megatron. The oracle of every layout (not of nested levels and DGD)."""
+    """HopeLM, autograd, the optimizers and the clocks: no engine, no megatron. The oracle of every layout.
+
+    Nested levels and DGD's inputs are not here.
+    """
     lm = HopeLM(config.model, seed=config.train.seed).to(dtype)
     parameters = dict(lm.named_parameters())
     clocked = _plain_optimizer(parameters, config)
@@ -68,10 +72,11 @@ def train_plainly(config: RunConfig, *, steps: int, dtype: torch.dtype = torch.f
 
 
 def _plain_optimizer(parameters: Mapping[str, nn.Parameter], config: RunConfig) -> Clocked:
-    """torch's AdamW and the deep rules under one clock."""
+    """AdamW of torch and the deep rules under one clock."""
     optim = config.optim
     groups = group_parameters({name: tuple(p.shape) for name, p in parameters.items()}, config=config.model, optim=optim)
-    plain, deep, matrices, rules = [], [], [], {}
+    plain, deep, matrices = [], [], []
+    rules: dict[str, UpdateRule] = {}
     for group in groups:
         rule = group.rule
         settings: dict[str, Any] = {

@@ -23,7 +23,7 @@ from hope_pt.config.schema import (
 )
 from hope_pt.engine import Launch
 from hope_pt.testing import difference, run_distributed, tiny_run, worst_difference
-from hope_pt.testing.layouts import train_all, train_on_engine, train_plainly, with_engine
+from hope_pt.testing.layouts import train_all, train_on_engine, with_engine
 
 STEPS = 10
 PARAMETERS = 1e-5
@@ -41,7 +41,7 @@ CASES = [
 
 def config_of(rule, *, precision="fp32", **layout):
     model = ModelConfig(
-        vocab_size=32, num_layers=2, width=32, num_heads=4, titans=TitansConfig(chunk_mem=4, chunk_proj=8, save_every=8),
+        vocab_size=32, num_layers=2, width=32, num_heads=4, titans=TitansConfig(chunk_mem=8, chunk_proj=16),
         cms=CMSConfig(hidden=24, periods=(1, 2, 3)),
     )  # fmt: skip
     optim = OptimConfig(

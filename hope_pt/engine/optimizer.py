@@ -9,6 +9,7 @@ parameters instead (hope_pt.engine.layerwise). Gradients are clipped by the glob
 group accumulates them: an interval is a sum of clipped gradients.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from torch.optim import Optimizer
 from hope_pt.config.schema import OptimConfig, RunConfig
 from hope_pt.engine.costs import update_costs
 from hope_pt.engine.cpu import cuda_type_names
+from hope_pt.engine.inputs import SharedInputs
 from hope_pt.engine.layerwise import Exchange, groups_of, owners
 from hope_pt.engine.matrices import matrices_of
 from hope_pt.engine.mesh import sharding
@@ -55,6 +57,8 @@ class OuterOptimizer:
         shapes = whole_shapes(parameters, ranks=plan.groups.tensor.size())
         groups = group_parameters(shapes, config=config.model, optim=config.optim)
         self.rules = {name: group.rule.optimizer for group in groups for name in group.names}
+        inputs = {name: parameters[name] for name, rule in self.rules.items() if rule == "dgd"}
+        self._inputs = SharedInputs(inputs, models=models, plan=plan) if inputs else None
         self._exchange: Exchange | None = None
         self.owner_of: dict[str, int] = {}
         if self.sharding == "layers":
@@ -105,12 +109,25 @@ class OuterOptimizer:
         skipped = not math.isfinite(grad_norm)
         if skipped:
             self._megatron.zero_grad(set_to_none=True)
+        if self._inputs:
+            self._keep_inputs(self._inputs.take())
         self.watched.skipped = skipped
         # What `self._megatron.optimizer` is: its step, then masters to bf16 weights.
         self._megatron.step_with_ready_grads()
         if self._exchange:
             self._exchange.run(num_calls=self.num_calls)
         return grad_norm, skipped
+
+    def unwatched(self) -> contextlib.AbstractContextManager[None]:
+        """Within it forward passes are no part of training: no rule takes note of what the layers see."""
+        return self._inputs.collected.paused() if self._inputs else contextlib.nullcontext()
+
+    def _keep_inputs(self, grams: Mapping[str, Tensor]) -> None:
+        """Add what the layers saw to the state of their weights; without a gradient (a dropped step, a frozen level) it is forgotten."""
+        for name in grams.keys() & self.pieces.keys():
+            main = self.pieces[name].main
+            if self._deep is not None and main.grad is not None:
+                self._deep.state_of(main, group=self._deep_group[name])["gram"].add_(grams[name])
 
     def own_shape(self, name: str, key: str) -> tuple[int, ...]:
         """Shape of this rank's tensor `key` of the parameter `name` where it is not the parameter's, else ()."""

@@ -124,7 +124,7 @@ class TrainEngine:
         """
         own = own_rows(batch, plan=self.plan)
         micros = micro_batches(own, config=self.config, plan=self.plan, whole=self.plan.mesh.pipeline > 1)
-        with _named_rank(self.plan):
+        with _named_rank(self.plan), self.optimizer.unwatched():
             return join_losses(self._run(micros, forward_only=True), rows=len(batch.tokens_BT), config=self.config, plan=self.plan)
 
     def export(self, *, on_all: bool = True) -> dict[str, Tensor]:

@@ -535,7 +535,9 @@ class RunConfig(Section):
         levels = len(self.model.cms.periods)
         absent = [level for level in self.optim.freeze_levels if level >= levels]
         if absent:
-            raise ValueError(f"optim.freeze_levels = {list(self.optim.freeze_levels)}: the model has {levels} CMS levels, 0 to {levels - 1}")
+            raise ValueError(
+                f"optim.freeze_levels = {list(self.optim.freeze_levels)}: the model has {levels} CMS levels, 0 to {levels - 1}"
+            )
         if self.token_clock.periods and len(self.token_clock.periods) != levels:
             raise ValueError(f"token_clock.periods has {len(self.token_clock.periods)} entries, the model has {levels} CMS levels")
         if self.optim.levels and len(self.optim.levels) != levels:
@@ -554,5 +556,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of "
                 f"engine.micro_batch_size = {self.engine.micro_batch_size}"
+            )
+        if self.model.cms.variant == "nested" and self.engine.provider != "local":
+            raise ValueError(
+                f'model.cms.variant = "nested" needs engine.provider = "local": Adam of "{self.engine.provider}" counts updates by group, '
+                "and the parameters of a nested level have two counts"
             )
         return self

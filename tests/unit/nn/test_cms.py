@@ -4,10 +4,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from hope_pt.config.schema import CMSConfig, ModelConfig
+from hope_pt.config.schema import CMSConfig, ModelConfig, RunConfig
 from hope_pt.nn import HopeLM, Parts, count_parameters, flops_per_token, parameter_class
 from hope_pt.nn.cms import CMS
 from hope_pt.optim import rule_of
+from hope_pt.testing import tiny_run
 from hope_pt.testing.models import random_tokens
 
 WIDTH, HIDDEN = 12, 20
@@ -144,6 +145,12 @@ def test_in_bf16_the_weight_leaves_the_stream_in_bf16():
 def test_settings_that_mean_nothing_are_refused(settings, text):
     with pytest.raises(ValidationError, match=text):
         CMSConfig(**settings)
+
+
+def test_nested_levels_are_refused_where_updates_are_counted_by_group():
+    run = tiny_run(model=model_of("nested"))
+    with pytest.raises(ValidationError, match='needs engine.provider = "local"'):
+        RunConfig.model_validate({**run.model_dump(), "engine": {"provider": "apex", "micro_batch_size": 1}})
 
 
 def test_periods_by_depth_name_every_block():

@@ -2,8 +2,7 @@
 
     forward of the layer -> hook -> sum of x x^T, |x| = 1, over the tokens of all micro-batches -> `take` -> state "gram" of the optimizer
 
-A layer with C inputs has a sum of C x C fp32 values, whatever the batch. A token that is computed twice (recomputation of activations)
-counts twice in the sum and in its trace, by which the rule divides.
+A layer with C inputs has a sum of C x C fp32 values, whatever the batch. What a backward pass computes again is not counted again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +55,8 @@ class LayerInputs:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         @torch.no_grad()
         def collect(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if not self._enabled:
+            # A backward pass that computes a layer again (recomputation of activations) sees the same tokens once more.
+            if not self._enabled or torch._C._current_graph_task_id() >= 0:
                 return
             inputs = arguments[0].detach()
             if self._whole is not None:

@@ -17,6 +17,7 @@ from hope_pt.engine.sharding import shard_axis
 from hope_pt.nn import HopeLM
 from hope_pt.nn.state import LMState
 from hope_pt.optim import Clocked, DeepOptimizer, Matrices, group_parameters, learning_rate, make_rule
+from hope_pt.optim.nested import Nested
 from hope_pt.optim.rules import UpdateRule
 from hope_pt.testing.batches import RandomBatch, random_batch
 
@@ -49,10 +50,7 @@ def batch_at(config: RunConfig, step: int) -> RandomBatch:
 
 
 def train_plainly(config: RunConfig, *, steps: int, dtype: torch.dtype = torch.float32) -> Trained:
-    """HopeLM, autograd, the optimizers and the clocks: no engine, no megatron. The oracle of every layout.
-
-    Nested levels and DGD's inputs are not here.
-    """
+    """HopeLM, autograd, the optimizers and the clocks: no engine, no megatron. The oracle of every layout, but for DGD's inputs."""
     lm = HopeLM(config.model, seed=config.train.seed).to(dtype)
     parameters = dict(lm.named_parameters())
     clocked = _plain_optimizer(parameters, config)
@@ -84,6 +82,7 @@ def _plain_optimizer(parameters: Mapping[str, nn.Parameter], config: RunConfig) 
             "weight_decay": optim.weight_decay * rule.decay,
             "period": rule.period,
             "lr_scale": rule.lr_scale,
+            "restart": rule.restart,
         }
         if group.view is None:
             plain.append(settings)
@@ -92,7 +91,8 @@ def _plain_optimizer(parameters: Mapping[str, nn.Parameter], config: RunConfig) 
             matrices.append(Matrices(group.view))
             rules[rule.optimizer] = make_rule(rule.optimizer, optim=optim)
     adamw = torch.optim.AdamW(plain, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-    return Clocked(adamw, DeepOptimizer(deep, rules=rules, matrices=matrices)) if deep else Clocked(adamw)
+    # Without a restart `Nested` does nothing.
+    return Clocked(Nested(adamw), *([Nested(DeepOptimizer(deep, rules=rules, matrices=matrices))] if deep else []))
 
 
 def _backward(lm: HopeLM, batch: RandomBatch, *, segments: int) -> float:

@@ -13,16 +13,10 @@ from hope_pt.errors import HopeError
 from hope_pt.files import replace_text
 from hope_pt.report import plots
 from hope_pt.report.curves import Curve
+from hope_pt.report.memory import memory, row, updates
 from hope_pt.report.samples import Sample
 from hope_pt.report.tables import comparison, headline
 
-MEMORY_MEASURES = {
-    "eta_mean": "Inner learning rate, mean",
-    "alpha_mean": "Retention, mean",
-    "surprise": "Surprise (norm of the error at the anchor)",
-    "norm_ratio_max": "Memory norm, largest over its start",
-    "drift": "Drift from the learned start",
-}
 MEASURED = (
     ("loss", "Training loss: nats per token over the global batch of the step, before its update."),
     ("eval/loss", "Held-out loss: mean nats per token over the same held-out sequences every time, memory fresh at the start of each."),
@@ -31,6 +25,7 @@ MEASURED = (
     ("eval/passkey_accuracy", "Passkey: a key stated once in held-out text must be likelier than nine distractors at the end."),
     ("eval/recall_accuracy", "Associative recall: share of queried keys whose value is the first choice."),
     ("memory/layer0/eta_mean", "Memory diagnostics: on two fixed held-out sequences, per layer."),
+    ("optim/matrix/update_norm", "Updates: what the optimizer did to each CMS level and block, and to the other classes of parameters."),
 )
 CSS = """
 :root { color-scheme: light; }
@@ -83,7 +78,8 @@ def page(curves: Sequence[Curve], *, samples: Sequence[Sample] = (), code: str =
         _section("Loss by position in the document", plots.by_context(curves, title="Held-out loss by context")),
         _section("Tasks", _tasks(curves)),
         _section("Comparison", comparison(curves) if len(curves) > 1 else ""),
-        _section("Memory", _memory(run)),
+        _section("Memory", memory(run)),
+        _section("Updates by level and block", updates(run)),
         _section("Optimisation and speed", _running(curves)),
         _section("Samples", _samples(samples)),
         _section("What was measured", _measured(run)),
@@ -126,24 +122,15 @@ def _tasks(curves: Sequence[Curve]) -> str:
     margin = plots.lines(curves, key="eval/passkey_margin", title="Passkey margin over the distractors", unit="nats")
     chance = curves[0].last("eval/recall_chance")
     title = "Associative recall" + (f" (chance {chance:.3g})" if chance is not None else "")
-    return _row(passkey, margin, plots.lines(curves, key="eval/recall_accuracy", title=title, unit="share right"))
-
-
-def _memory(run: Curve) -> str:
-    return _row(*(plots.heat_map(run, measure=measure, title=title) for measure, title in MEMORY_MEASURES.items()))
+    return row(passkey, margin, plots.lines(curves, key="eval/recall_accuracy", title=title, unit="share right"))
 
 
 def _running(curves: Sequence[Curve]) -> str:
-    return _row(
+    return row(
         plots.lines(curves, key="tokens_per_s", title="Throughput", unit="tokens / s", smooth=True),
         plots.lines(curves, key="grad_norm", title="Gradient norm before clipping", unit="norm", log=True, smooth=True),
         plots.lines(curves[:1], key="lr", title="Learning rate", unit="rate"),
     )
-
-
-def _row(*pictures: str) -> str:
-    shown = [f"<div>{picture}</div>" for picture in pictures if picture]
-    return f'<div class="row">{"".join(shown)}</div>' if shown else ""
 
 
 def _samples(samples: Sequence[Sample]) -> str:

@@ -2,12 +2,13 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from hope_pt.report.curves import Curve
@@ -95,27 +96,29 @@ def by_context(curves: Sequence[Curve], *, title: str) -> str:
     return _svg(draw, title=title, size=(9.6, 3.4))
 
 
-def heat_map(curve: Curve, *, measure: str, title: str) -> str:
-    """`memory/layer{i}/{measure}` as colour over layer and step; "" where it was not measured."""
-    layers = sorted({int(key.split("/")[1].removeprefix("layer")) for key in curve.keys("memory/layer") if key.endswith(f"/{measure}")})
-    if not layers:
+def heat_map(curve: Curve, *, rows: Mapping[str, str], title: str, unit: str = "layer", log: bool = False) -> str:
+    """Values of the keys `rows`, by the label of their row, as colour over row and step; "" where none of them was measured."""
+    columns = {label: dict(zip(*curve.series(key), strict=True)) for label, key in rows.items()}
+    columns = {label: column for label, column in columns.items() if column}
+    if not columns:
         return ""
-    columns = [dict(zip(*curve.series(f"memory/layer{layer}/{measure}"), strict=True)) for layer in layers]
-    steps = sorted(set().union(*columns))
-    # A value that was not finite was not written, and stays blank.
-    values = np.array([[column.get(step, np.nan) for step in steps] for column in columns])
+    steps = sorted(set().union(*columns.values()))
+    # A value that was not finite was not written, and stays blank; so does zero where colours are logarithmic.
+    values = np.array([[column.get(step, np.nan) for step in steps] for column in columns.values()])
+    positive = values[values > 0]
+    norm = LogNorm(positive.min(), positive.max()) if log and len(positive) else None
 
     def draw(axes: Axes) -> None:
-        image = axes.imshow(values, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest")
+        image = axes.imshow(values, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest", norm=norm)
         axes.grid(visible=False)
-        axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+        axes.set_yticks(range(len(columns)), list(columns))
         ticks = np.unique(np.linspace(0, len(steps) - 1, min(5, len(steps))).round().astype(int))
         axes.set_xticks(ticks, [f"{steps[tick]:,}" for tick in ticks])
         axes.set_xlabel("step")
-        axes.set_ylabel("layer")
+        axes.set_ylabel(unit)
         axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
 
-    return _svg(draw, title=title, size=(4.7, 1.6 + 0.12 * len(layers)))
+    return _svg(draw, title=title, size=(4.7, 1.6 + 0.12 * len(columns)))
 
 
 def running_mean(values: Sequence[float], *, window: int) -> np.ndarray:

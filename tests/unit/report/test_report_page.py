@@ -78,8 +78,8 @@ def test_the_table_holds_final_values(curve):
 
 
 def test_a_memory_value_that_was_not_finite_stays_blank(curve):
-    assert "<svg" in plots.heat_map(curve, measure="drift", title="t")
-    assert plots.heat_map(curve, measure="surprise", title="t") == ""
+    assert "<svg" in plots.heat_map(curve, rows={"0": "memory/layer0/drift", "1": "memory/layer1/drift"}, title="t")
+    assert plots.heat_map(curve, rows={"0": "memory/layer0/surprise"}, title="t") == ""
 
 
 def test_running_mean_is_over_what_is_there():

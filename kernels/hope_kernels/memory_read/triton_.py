@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hope_kernels.blocks_triton import load_features, load_matrix, load_scalars, store_features, store_matrix
 from hope_kernels.chunk_terms.triton_ import Terms
 from hope_kernels.memory_write.triton_ import Signals, States
 from hope_kernels.rule import MemoryRule
@@ -28,65 +29,6 @@ def _tile_tokens(tile, tokens, CHUNK: tl.constexpr, TILE: tl.constexpr, PER_CHUN
     chunk = tile // PER_CHUNK
     first = chunk * CHUNK + (tile % PER_CHUNK) * TILE
     return chunk * PER_CHUNK, first, tl.minimum(tl.minimum(chunk * CHUNK + CHUNK, tokens) - first, TILE)
-
-
-@triton.jit
-def _token_block(count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Offsets and mask of [BLOCK, TILE], features first, in a tensor [..., WIDTH], from the tile's first token on.
-
-    int32: where the tile starts belongs into the scalar pointer, or every element would have an address of 64 bits.
-    """
-    feature, token = tl.arange(0, BLOCK)[:, None], tl.arange(0, TILE)[None, :]
-    mask = token < count
-    if WIDTH != BLOCK:
-        mask = mask & (feature < WIDTH)
-    return token * WIDTH + feature, mask
-
-
-@triton.jit
-def _load_tokens(pointer, first, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """[BLOCK, TILE] of a tensor [..., WIDTH] from token `first` (int64, of all rows) on; zero beyond the tile's `count` tokens."""
-    offset, mask = _token_block(count, WIDTH, BLOCK, TILE)
-    return tl.load(pointer + first * WIDTH + offset, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_tokens(pointer, value, first, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    offset, mask = _token_block(count, WIDTH, BLOCK, TILE)
-    tl.store(pointer + first * WIDTH + offset, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_scalars(pointer, first, count, TILE: tl.constexpr):
-    """[TILE] of one fp32 number a token; zero beyond the tile's tokens."""
-    token = tl.arange(0, TILE)
-    return tl.load(pointer + first + token, mask=token < count, other=0.0)
-
-
-@triton.jit
-def _matrix(ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Offsets and mask (of the padding) of a matrix [ROWS, COLUMNS]."""
-    row, column = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_COLUMNS)[None, :]
-    return row * COLUMNS + column, (row < ROWS) & (column < COLUMNS)
-
-
-@triton.jit
-def _load_matrix(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """A matrix [ROWS, COLUMNS], zero in the padding."""
-    offset, mask = _matrix(ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    if ROWS == BLOCK_ROWS and COLUMNS == BLOCK_COLUMNS:
-        return tl.load(pointer + offset)
-    else:
-        return tl.load(pointer + offset, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_matrix(pointer, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    offset, mask = _matrix(ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    if ROWS == BLOCK_ROWS and COLUMNS == BLOCK_COLUMNS:
-        tl.store(pointer + offset, value)
-    else:
-        tl.store(pointer + offset, value, mask=mask)
 
 
 @triton.jit
@@ -104,17 +46,17 @@ def _inner(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Product z = W_t q_t [F, C] of the first layer; the slot is that of the state at the tile's start, or of the anchor."""
-    z = tl.dot(_load_matrix(w2 + slot * F * K, F, K, BLOCK_F, BLOCK_K), query, input_precision=PRECISION)
+    z = tl.dot(load_matrix(w2 + slot * F * K, F, K, BLOCK_F, BLOCK_K), query, input_precision=PRECISION)
     if CAUSAL:
-        z = _load_scalars(g, first, count, TILE)[None, :] * z
+        z = load_scalars(g, first, count, TILE)[None, :] * z
         if m is not None:
-            written = _load_tokens(residual, first, count, F, BLOCK_F, TILE)
-            z -= tl.dot(written, _load_tokens(m, first, count, TILE, TILE, TILE), input_precision=PRECISION)
+            written = load_features(residual, first, count, F, BLOCK_F, TILE)
+            z -= tl.dot(written, load_features(m, first, count, TILE, TILE, TILE), input_precision=PRECISION)
         if s2 is not None:
-            carried = tl.dot(_load_matrix(s2 + slot * F * K, F, K, BLOCK_F, BLOCK_K), query, input_precision=PRECISION)
-            z += _load_scalars(kappa, first, count, TILE)[None, :] * carried
-            written = _load_tokens(delta, first, count, F, BLOCK_F, TILE)
-            z -= tl.dot(written, _load_tokens(m_delta, first, count, TILE, TILE, TILE), input_precision=PRECISION)
+            carried = tl.dot(load_matrix(s2 + slot * F * K, F, K, BLOCK_F, BLOCK_K), query, input_precision=PRECISION)
+            z += load_scalars(kappa, first, count, TILE)[None, :] * carried
+            written = load_features(delta, first, count, F, BLOCK_F, TILE)
+            z -= tl.dot(written, load_features(m_delta, first, count, TILE, TILE, TILE), input_precision=PRECISION)
     return z
 
 
@@ -128,26 +70,26 @@ def _read_forward(
     anchor, start, count = _tile_tokens(tile, tokens, CHUNK, TILE, PER_CHUNK)
     first = row * tokens + start
     slot = row * (num_tiles + 1) + (tile if CAUSAL else anchor)
-    query = _load_tokens(q, first, count, K, BLOCK_K, TILE)
+    query = load_features(q, first, count, K, BLOCK_K, TILE)
     z = _inner(query, w2, s2, residual, delta, g, kappa, m, m_delta, slot, first, count, K, F, BLOCK_K, BLOCK_F, TILE, CAUSAL, PRECISION)
     if w1 is None:
-        _store_tokens(out, z, first, count, K, BLOCK_K, TILE)
+        store_features(out, z, first, count, K, BLOCK_K, TILE)
     else:
         h, _ = _silu_slope(z)
         kept = h
         y = query.to(tl.float32)
         if CAUSAL:
-            seen = _load_tokens(hidden, first, count, F, BLOCK_F, TILE)
+            seen = load_features(hidden, first, count, F, BLOCK_F, TILE)
             scores = tl.dot(tl.trans(seen), h.to(query.dtype), input_precision=PRECISION)
-            scores = _load_tokens(n, first, count, TILE, TILE, TILE).to(tl.float32) * scores
-            y -= tl.dot(_load_tokens(error, first, count, K, BLOCK_K, TILE), scores.to(query.dtype), input_precision=PRECISION)
-            kept = _load_scalars(g, first, count, TILE)[None, :] * h
+            scores = load_features(n, first, count, TILE, TILE, TILE).to(tl.float32) * scores
+            y -= tl.dot(load_features(error, first, count, K, BLOCK_K, TILE), scores.to(query.dtype), input_precision=PRECISION)
+            kept = load_scalars(g, first, count, TILE)[None, :] * h
             if s1 is not None:
-                carried = (_load_scalars(kappa, first, count, TILE)[None, :] * h).to(query.dtype)
-                y += tl.dot(_load_matrix(s1 + slot * K * F, K, F, BLOCK_K, BLOCK_F), carried, input_precision=PRECISION)
-        weight = _load_matrix(w1 + slot * K * F, K, F, BLOCK_K, BLOCK_F)
+                carried = (load_scalars(kappa, first, count, TILE)[None, :] * h).to(query.dtype)
+                y += tl.dot(load_matrix(s1 + slot * K * F, K, F, BLOCK_K, BLOCK_F), carried, input_precision=PRECISION)
+        weight = load_matrix(w1 + slot * K * F, K, F, BLOCK_K, BLOCK_F)
         y += tl.dot(weight, kept.to(query.dtype), input_precision=PRECISION)
-        _store_tokens(out, y, first, count, K, BLOCK_K, TILE)
+        store_features(out, y, first, count, K, BLOCK_K, TILE)
 
 
 @triton.jit
@@ -161,10 +103,10 @@ def _kept_backward(
     """
     kept = h
     if factor is not None:
-        by_token = _load_scalars(factor, first, count, TILE)[None, :]
+        by_token = load_scalars(factor, first, count, TILE)[None, :]
         kept = (by_token * h.to(tl.float32)).to(h.dtype)
-    _store_matrix(d_weights + into * K * F, tl.dot(upstream, tl.trans(kept), input_precision=PRECISION), K, F, BLOCK_K, BLOCK_F)
-    weight = _load_matrix(weights + slot * K * F, K, F, BLOCK_K, BLOCK_F)
+    store_matrix(d_weights + into * K * F, tl.dot(upstream, tl.trans(kept), input_precision=PRECISION), K, F, BLOCK_K, BLOCK_F)
+    weight = load_matrix(weights + slot * K * F, K, F, BLOCK_K, BLOCK_F)
     d_h = tl.dot(tl.trans(weight), upstream, input_precision=PRECISION)
     if factor is not None:
         token = tl.arange(0, TILE)
@@ -188,32 +130,32 @@ def _outer_backward(
     anchor, start, count = _tile_tokens(tile, tokens, CHUNK, TILE, PER_CHUNK)
     first = row * tokens + start
     slot, into = row * (num_tiles + 1) + (tile if CAUSAL else anchor), row * num_tiles + tile
-    query = _load_tokens(q, first, count, K, BLOCK_K, TILE)
-    upstream = _load_tokens(d_out, first, count, K, BLOCK_K, TILE)
+    query = load_features(q, first, count, K, BLOCK_K, TILE)
+    upstream = load_features(d_out, first, count, K, BLOCK_K, TILE)
     z = _inner(query, w2, s2, residual, delta, g, kappa, m, m_delta, slot, first, count, K, F, BLOCK_K, BLOCK_F, TILE, CAUSAL, PRECISION)
     h, slope = _silu_slope(z)
     h = h.to(query.dtype)
     if CAUSAL:
-        _store_tokens(d_z, slope, first, count, F, BLOCK_F, TILE)
-        seen = _load_tokens(hidden, first, count, F, BLOCK_F, TILE)
+        store_features(d_z, slope, first, count, F, BLOCK_F, TILE)
+        seen = load_features(hidden, first, count, F, BLOCK_F, TILE)
         scores = tl.dot(tl.trans(seen), h, input_precision=PRECISION)
-        errors = _load_tokens(error, first, count, K, BLOCK_K, TILE)
+        errors = load_features(error, first, count, K, BLOCK_K, TILE)
         d_inside = -tl.dot(tl.trans(errors), upstream, input_precision=PRECISION)
-        _store_tokens(d_n, d_inside * scores, first, count, TILE, TILE, TILE)
-        inside = _load_tokens(n, first, count, TILE, TILE, TILE).to(tl.float32)
+        store_features(d_n, d_inside * scores, first, count, TILE, TILE, TILE)
+        inside = load_features(n, first, count, TILE, TILE, TILE).to(tl.float32)
         mixed, d_scores = (inside * scores).to(query.dtype), (inside * d_inside).to(query.dtype)
         d_errors = -tl.dot(upstream, tl.trans(mixed), input_precision=PRECISION)
-        _store_tokens(d_error, d_errors, first, count, K, BLOCK_K, TILE)
-        _store_tokens(d_hidden, tl.dot(h, tl.trans(d_scores), input_precision=PRECISION), first, count, F, BLOCK_F, TILE)
+        store_features(d_error, d_errors, first, count, K, BLOCK_K, TILE)
+        store_features(d_hidden, tl.dot(h, tl.trans(d_scores), input_precision=PRECISION), first, count, F, BLOCK_F, TILE)
     d_h = _kept_backward(upstream, h, w1, g, d_w1, d_g, slot, into, first, count, K, F, BLOCK_K, BLOCK_F, TILE, PRECISION)
     if CAUSAL:
         if s1 is not None:
             d_h += _kept_backward(upstream, h, s1, kappa, d_s1, d_kappa, slot, into, first, count, K, F, BLOCK_K, BLOCK_F, TILE, PRECISION)
         d_h = tl.dot(seen, d_scores, d_h, input_precision=PRECISION)
         tl.debug_barrier()
-        slope = _load_tokens(d_z, first, count, F, BLOCK_F, TILE).to(tl.float32)
+        slope = load_features(d_z, first, count, F, BLOCK_F, TILE).to(tl.float32)
         tl.debug_barrier()
-    _store_tokens(d_z, d_h * slope, first, count, F, BLOCK_F, TILE)
+    store_features(d_z, d_h * slope, first, count, F, BLOCK_F, TILE)
 
 
 @triton.jit
@@ -231,29 +173,29 @@ def _inner_backward(
     anchor, start, count = _tile_tokens(tile, tokens, CHUNK, TILE, PER_CHUNK)
     first = row * tokens + start
     slot, into = row * (num_tiles + 1) + (tile if CAUSAL else anchor), row * num_tiles + tile
-    query = _load_tokens(q, first, count, K, BLOCK_K, TILE)
-    upstream = _load_tokens(d_z, first, count, F, BLOCK_F, TILE)
-    weight = _load_matrix(weights + slot * F * K, F, K, BLOCK_F, BLOCK_K)
+    query = load_features(q, first, count, K, BLOCK_K, TILE)
+    upstream = load_features(d_z, first, count, F, BLOCK_F, TILE)
+    weight = load_matrix(weights + slot * F * K, F, K, BLOCK_F, BLOCK_K)
     if mixing is not None:
-        square = _load_tokens(mixing, first, count, TILE, TILE, TILE)
-        _store_tokens(d_written, -tl.dot(upstream, tl.trans(square), input_precision=PRECISION), first, count, F, BLOCK_F, TILE)
-        block = _load_tokens(written, first, count, F, BLOCK_F, TILE)
-        _store_tokens(d_mixing, -tl.dot(tl.trans(block), upstream, input_precision=PRECISION), first, count, TILE, TILE, TILE)
+        square = load_features(mixing, first, count, TILE, TILE, TILE)
+        store_features(d_written, -tl.dot(upstream, tl.trans(square), input_precision=PRECISION), first, count, F, BLOCK_F, TILE)
+        block = load_features(written, first, count, F, BLOCK_F, TILE)
+        store_features(d_mixing, -tl.dot(tl.trans(block), upstream, input_precision=PRECISION), first, count, TILE, TILE, TILE)
     if factor is not None:
         by_token = tl.sum(upstream.to(tl.float32) * tl.dot(weight, query, input_precision=PRECISION), 0)
         if ADDS:
-            by_token += _load_scalars(d_factor, first, count, TILE)
+            by_token += load_scalars(d_factor, first, count, TILE)
             tl.debug_barrier()
         token = tl.arange(0, TILE)
         tl.store(d_factor + first + token, by_token, mask=token < count)
-        upstream = (upstream.to(tl.float32) * _load_scalars(factor, first, count, TILE)[None, :]).to(query.dtype)
+        upstream = (upstream.to(tl.float32) * load_scalars(factor, first, count, TILE)[None, :]).to(query.dtype)
     d_weight = tl.dot(upstream, tl.trans(query), input_precision=PRECISION)
-    _store_matrix(d_weights + into * F * K, d_weight, F, K, BLOCK_F, BLOCK_K)
+    store_matrix(d_weights + into * F * K, d_weight, F, K, BLOCK_F, BLOCK_K)
     d_query = tl.dot(tl.trans(weight), upstream, input_precision=PRECISION)
     if d_rest is not None:
-        d_query += _load_tokens(d_rest, first, count, K, BLOCK_K, TILE).to(tl.float32)
+        d_query += load_features(d_rest, first, count, K, BLOCK_K, TILE).to(tl.float32)
         tl.debug_barrier()  # d_rest may be d_q
-    _store_tokens(d_q, d_query, first, count, K, BLOCK_K, TILE)
+    store_features(d_q, d_query, first, count, K, BLOCK_K, TILE)
 
 
 class Momentum(NamedTuple):

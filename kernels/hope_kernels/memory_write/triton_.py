@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hope_kernels.blocks_triton import load_matrix, load_scalars, load_tokens, store_matrix, store_scalars, store_tokens
 from hope_kernels.memory import L2_EPS
 from hope_kernels.rule import MemoryRule
 from hope_kernels.tiling import Tiling
@@ -93,82 +94,14 @@ def _identity(ids_ptr, memories_per_row):
 
 
 @triton.jit
-def _token_block(rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Offsets and mask of [TILE, BLOCK] in a tensor [..., WIDTH], from the tile's first token on.
-
-    int32: where the tile starts belongs into the (scalar) pointer, or every element would have an address of 64 bits. Plus 0, which only
-    we know: offsets that do not change along the loop over tiles would stay in registers.
-    """
-    zero = tl.multiple_of(rows >> 31, 16)
-    token, feature = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK)[None, :] + zero
-    mask = token < rows
-    if WIDTH != BLOCK:
-        mask = mask & (feature < WIDTH)
-    return token * WIDTH + feature, mask
-
-
-@triton.jit
-def _load_tokens(pointer, first, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """[TILE, BLOCK] of a tensor [..., WIDTH] from token `first` (int64, of all rows) on; zero beyond the tile's tokens."""
-    offset, mask = _token_block(rows, WIDTH, BLOCK, TILE)
-    return tl.load(pointer + first * WIDTH + offset, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_tokens(pointer, value, first, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Store [TILE, BLOCK] to a tensor [..., WIDTH], in its dtype."""
-    offset, mask = _token_block(rows, WIDTH, BLOCK, TILE)
-    tl.store(pointer + first * WIDTH + offset, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_scalars(pointer, first, rows, TILE: tl.constexpr):
-    """[TILE] of a tensor [...] of one fp32 number a token; zero beyond the tile's tokens."""
-    token = tl.arange(0, TILE)
-    return tl.load(pointer + first + token, mask=token < rows, other=0.0)
-
-
-@triton.jit
-def _store_scalars(pointer, value, first, rows, TILE: tl.constexpr):
-    token = tl.arange(0, TILE)
-    tl.store(pointer + first + token, value, mask=token < rows)
-
-
-@triton.jit
-def _matrix(ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Offsets and mask (of the padding) of a matrix [ROWS, COLUMNS] in a block of powers of two."""
-    row, column = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_COLUMNS)[None, :]
-    return row * COLUMNS + column, (row < ROWS) & (column < COLUMNS)
-
-
-@triton.jit
-def _load_matrix(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """A matrix [ROWS, COLUMNS], zero in the padding."""
-    offset, mask = _matrix(ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    if ROWS == BLOCK_ROWS and COLUMNS == BLOCK_COLUMNS:
-        return tl.load(pointer + offset)
-    else:
-        return tl.load(pointer + offset, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_matrix(pointer, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    offset, mask = _matrix(ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    if ROWS == BLOCK_ROWS and COLUMNS == BLOCK_COLUMNS:
-        tl.store(pointer + offset, value.to(pointer.dtype.element_ty))
-    else:
-        tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _store_slot(
     slot, rest, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Store a state as an operand and, where `rest` is wanted, what that leaves out."""
-    _store_matrix(slot, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    store_matrix(slot, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
     if rest is not None:
         value -= value.to(slot.dtype.element_ty).to(tl.float32)
-        _store_matrix(rest, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+        store_matrix(rest, value, ROWS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit
@@ -184,7 +117,7 @@ def _slots(pointer, rest_ptr, number, SIZE: tl.constexpr):
 def _load_gradient(pointer, first, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """[TILE, BLOCK] of a gradient [..., WIDTH], zero where there is none."""
     if pointer is not None:
-        return _load_tokens(pointer, first, rows, WIDTH, BLOCK, TILE)
+        return load_tokens(pointer, first, rows, WIDTH, BLOCK, TILE)
     else:
         return tl.zeros((TILE, BLOCK), tl.float32)
 
@@ -310,7 +243,7 @@ def _mlp_error(
     M(k) - M(v) = k - v + W1 (silu(W2 k) - silu(W2 v)): one product with W1, unless the target is made unit length first.
     """
     if SELF_TARGET:
-        v = _load_tokens(v_ptr, first, rows, K, BK, TILE)
+        v = load_tokens(v_ptr, first, rows, K, BK, TILE)
         hidden_v, _, _ = _silu(tl.dot(v, tl.trans(a2), input_precision=PRECISION))
         if NORMALIZE:
             target, _ = _mlp_target(v, hidden_v, a1, NORMALIZE, SELF_TARGET, PRECISION)
@@ -318,9 +251,9 @@ def _mlp_error(
             hidden -= hidden_v
             target = v.to(tl.float32)
     else:
-        target, _ = _unit(_load_tokens(v_ptr, first, rows, K, BK, TILE).to(tl.float32), NORMALIZE)
+        target, _ = _unit(load_tokens(v_ptr, first, rows, K, BK, TILE).to(tl.float32), NORMALIZE)
     error = tl.dot(hidden.to(a1.dtype), tl.trans(a1), -target, input_precision=PRECISION)
-    return _bounded(error + _load_tokens(k_ptr, first, rows, K, BK, TILE).to(tl.float32), inverse_square, HUBER)
+    return _bounded(error + load_tokens(k_ptr, first, rows, K, BK, TILE).to(tl.float32), inverse_square, HUBER)
 
 
 @triton.jit
@@ -348,8 +281,8 @@ def _mlp_forward(
     slots = memory * (num_tiles + 1)
     slot2, rest2 = _slots(w2_ptr, rest2_ptr, slots + first_tile, F * K)
     slot1, rest1 = _slots(w1_ptr, rest1_ptr, slots + first_tile, F * K)
-    _store_slot(slot2, rest2, _load_matrix(current2_ptr + memory * (F * K), F, K, BF, BK), F, K, BF, BK)
-    _store_slot(slot1, rest1, _load_matrix(current1_ptr + memory * (F * K), K, F, BK, BF), K, F, BK, BF)
+    _store_slot(slot2, rest2, load_matrix(current2_ptr + memory * (F * K), F, K, BF, BK), F, K, BF, BK)
+    _store_slot(slot1, rest1, load_matrix(current1_ptr + memory * (F * K), K, F, BK, BF), K, F, BK, BF)
     tl.debug_barrier()
     i = first_tile
     while i < end_tile:
@@ -363,62 +296,62 @@ def _mlp_forward(
         anchor2, anchor1 = w2_ptr + (slots + anchor) * (F * K), w1_ptr + (slots + anchor) * (F * K)
         if reset_ptr is not None:
             if (i == anchor) & (tl.load(reset_ptr + row * num_chunks + chunk) != 0):
-                w2 = _load_matrix(start2_ptr + memory * (F * K), F, K, BF, BK)
-                _store_matrix(now2_ptr, w2, F, K, BF, BK)
+                w2 = load_matrix(start2_ptr + memory * (F * K), F, K, BF, BK)
+                store_matrix(now2_ptr, w2, F, K, BF, BK)
                 _store_slot(slot2, rest2, w2, F, K, BF, BK)
-                w1 = _load_matrix(start1_ptr + memory * (F * K), K, F, BK, BF)
-                _store_matrix(now1_ptr, w1, K, F, BK, BF)
+                w1 = load_matrix(start1_ptr + memory * (F * K), K, F, BK, BF)
+                store_matrix(now1_ptr, w1, K, F, BK, BF)
                 _store_slot(slot1, rest1, w1, K, F, BK, BF)
             tl.debug_barrier()
         if commit_ptr is not None:
             if (i == anchor) & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
-                _store_matrix(kept2_ptr + memory * (F * K), _load_matrix(now2_ptr, F, K, BF, BK), F, K, BF, BK)
-                _store_matrix(kept1_ptr + memory * (F * K), _load_matrix(now1_ptr, K, F, BK, BF), K, F, BK, BF)
+                store_matrix(kept2_ptr + memory * (F * K), load_matrix(now2_ptr, F, K, BF, BK), F, K, BF, BK)
+                store_matrix(kept1_ptr + memory * (F * K), load_matrix(now1_ptr, K, F, BK, BF), K, F, BK, BF)
             tl.debug_barrier()
-        a2 = _load_matrix(anchor2, F, K, BF, BK)
-        a1 = _load_matrix(anchor1, K, F, BK, BF)
-        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+        a2 = load_matrix(anchor2, F, K, BF, BK)
+        a1 = load_matrix(anchor1, K, F, BK, BF)
+        k = load_tokens(k_ptr, here, rows, K, BK, TILE)
         hidden, _, _ = _silu(tl.dot(k, tl.trans(a2), input_precision=PRECISION))
-        _store_tokens(hidden_ptr, hidden, there, rows, F, BF, TILE)
+        store_tokens(hidden_ptr, hidden, there, rows, F, BF, TILE)
         error, scale = _mlp_error(
             k_ptr, v_ptr, hidden, a2, a1, here, rows, inverse_square, K, BK, TILE, HUBER, NORMALIZE, SELF_TARGET, PRECISION
         )
-        _store_tokens(error_ptr, error, there, rows, K, BK, TILE)
-        _store_scalars(scale_ptr, scale, there, rows, TILE)
+        store_tokens(error_ptr, error, there, rows, K, BK, TILE)
+        store_scalars(scale_ptr, scale, there, rows, TILE)
         next2, next_rest2 = _slots(w2_ptr, rest2_ptr, slots + i + 1, F * K)
         next1, next_rest1 = _slots(w1_ptr, rest1_ptr, slots + i + 1, F * K)
         # W1 first: its update needs nothing of what follows, and its blocks leave the registers
         g_end = tl.load(g_end_ptr + row * num_tiles + i)
-        paced = (error * -_load_scalars(w_ptr, here, rows, TILE)[:, None]).to(dtype)
-        kept = _load_matrix(now1_ptr, K, F, BK, BF) * g_end
+        paced = (error * -load_scalars(w_ptr, here, rows, TILE)[:, None]).to(dtype)
+        kept = load_matrix(now1_ptr, K, F, BK, BF) * g_end
         w1 = tl.dot(tl.trans(paced), hidden.to(dtype), kept, input_precision=PRECISION)
-        _store_matrix(now1_ptr, w1, K, F, BK, BF)
+        store_matrix(now1_ptr, w1, K, F, BK, BF)
         _store_slot(next1, next_rest1, w1, K, F, BK, BF)
         # the anchors once more from memory, and the pre-activation for one product: kept, they would spill
-        a1 = _load_matrix(anchor1, K, F, BK, BF)
+        a1 = load_matrix(anchor1, K, F, BK, BF)
         back = tl.dot(error.to(dtype), a1, input_precision=PRECISION)
-        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
-        a2 = _load_matrix(anchor2, F, K, BF, BK)
+        k = load_tokens(k_ptr, here, rows, K, BK, TILE)
+        a2 = load_matrix(anchor2, F, K, BF, BK)
         pre = tl.dot(k, tl.trans(a2), input_precision=PRECISION)
         residual, _ = _bounded(back * _silu(pre)[1], inverse_square, HUBER)
         if ERASE:
             if PER_CHUNK > 1:
-                pre = tl.dot(k, tl.trans(_load_matrix(slot2, F, K, BF, BK)), input_precision=PRECISION)
-            residual += pre * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
-        _store_tokens(residual_ptr, residual, there, rows, F, BF, TILE)
-        y = _load_tokens(y_ptr, here, rows, K, BK, TILE)
-        kept = _load_matrix(now2_ptr, F, K, BF, BK) * g_end
+                pre = tl.dot(k, tl.trans(load_matrix(slot2, F, K, BF, BK)), input_precision=PRECISION)
+            residual += pre * load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
+        store_tokens(residual_ptr, residual, there, rows, F, BF, TILE)
+        y = load_tokens(y_ptr, here, rows, K, BK, TILE)
+        kept = load_matrix(now2_ptr, F, K, BF, BK) * g_end
         w2 = tl.dot(tl.trans((-residual).to(dtype)), y, kept, input_precision=PRECISION)
-        _store_matrix(now2_ptr, w2, F, K, BF, BK)
+        store_matrix(now2_ptr, w2, F, K, BF, BK)
         _store_slot(next2, next_rest2, w2, F, K, BF, BK)
         tl.debug_barrier()
         if commit_ptr is not None:
             if is_last & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
-                w2 = _load_matrix(kept2_ptr + memory * (F * K), F, K, BF, BK)
-                _store_matrix(now2_ptr, w2, F, K, BF, BK)
+                w2 = load_matrix(kept2_ptr + memory * (F * K), F, K, BF, BK)
+                store_matrix(now2_ptr, w2, F, K, BF, BK)
                 _store_slot(next2, next_rest2, w2, F, K, BF, BK)
-                w1 = _load_matrix(kept1_ptr + memory * (F * K), K, F, BK, BF)
-                _store_matrix(now1_ptr, w1, K, F, BK, BF)
+                w1 = load_matrix(kept1_ptr + memory * (F * K), K, F, BK, BF)
+                store_matrix(now1_ptr, w1, K, F, BK, BF)
                 _store_slot(next1, next_rest1, w1, K, F, BK, BF)
             tl.debug_barrier()
         i += 1
@@ -437,7 +370,7 @@ def _linear_forward(
     current_ptr += memory * (K * K)
     slots = memory * (num_tiles + 1)
     slot, rest = _slots(w_ptr, rest_ptr, slots + first_tile, K * K)
-    _store_slot(slot, rest, _load_matrix(current_ptr, K, K, BK, BK), K, K, BK, BK)
+    _store_slot(slot, rest, load_matrix(current_ptr, K, K, BK, BK), K, K, BK, BK)
     tl.debug_barrier()
     i = first_tile
     while i < end_tile:
@@ -446,38 +379,38 @@ def _linear_forward(
         slot, rest = _slots(w_ptr, rest_ptr, slots + i, K * K)
         if reset_ptr is not None:
             if (i == anchor) & (tl.load(reset_ptr + row * num_chunks + chunk) != 0):
-                w = _load_matrix(start_ptr + memory * (K * K), K, K, BK, BK)
-                _store_matrix(current_ptr, w, K, K, BK, BK)
+                w = load_matrix(start_ptr + memory * (K * K), K, K, BK, BK)
+                store_matrix(current_ptr, w, K, K, BK, BK)
                 _store_slot(slot, rest, w, K, K, BK, BK)
             tl.debug_barrier()
         if commit_ptr is not None:
             if (i == anchor) & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
-                _store_matrix(kept_ptr + memory * (K * K), _load_matrix(current_ptr, K, K, BK, BK), K, K, BK, BK)
+                store_matrix(kept_ptr + memory * (K * K), load_matrix(current_ptr, K, K, BK, BK), K, K, BK, BK)
             tl.debug_barrier()
-        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
-        v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
-        a = _load_matrix(w_ptr + (slots + anchor) * (K * K), K, K, BK, BK)
+        k = load_tokens(k_ptr, here, rows, K, BK, TILE)
+        v = load_tokens(v_ptr, here, rows, K, BK, TILE)
+        a = load_matrix(w_ptr + (slots + anchor) * (K * K), K, K, BK, BK)
         pre = tl.dot(k, tl.trans(a), input_precision=PRECISION)
         target, _ = _linear_target(v, a, NORMALIZE, SELF_TARGET, PRECISION)
         residual, _ = _bounded(pre - target, inverse_square, HUBER)
         if ERASE:
             passed = pre
             if PER_CHUNK > 1:
-                passed = tl.dot(k, tl.trans(_load_matrix(slot, K, K, BK, BK)), input_precision=PRECISION)
-            residual += passed * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
+                passed = tl.dot(k, tl.trans(load_matrix(slot, K, K, BK, BK)), input_precision=PRECISION)
+            residual += passed * load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
         residual = residual.to(k.dtype)
-        _store_tokens(residual_ptr, residual, memory * tokens + first, rows, K, BK, TILE)
+        store_tokens(residual_ptr, residual, memory * tokens + first, rows, K, BK, TILE)
         g_end = tl.load(g_end_ptr + row * num_tiles + i)
-        y = _load_tokens(y_ptr, here, rows, K, BK, TILE)
-        w = _load_matrix(current_ptr, K, K, BK, BK) * g_end - tl.dot(tl.trans(residual), y, input_precision=PRECISION)
-        _store_matrix(current_ptr, w, K, K, BK, BK)
+        y = load_tokens(y_ptr, here, rows, K, BK, TILE)
+        w = load_matrix(current_ptr, K, K, BK, BK) * g_end - tl.dot(tl.trans(residual), y, input_precision=PRECISION)
+        store_matrix(current_ptr, w, K, K, BK, BK)
         slot, rest = _slots(w_ptr, rest_ptr, slots + i + 1, K * K)
         _store_slot(slot, rest, w, K, K, BK, BK)
         tl.debug_barrier()
         if commit_ptr is not None:
             if is_last & (tl.load(commit_ptr + row * num_chunks + chunk) == 0):
-                w = _load_matrix(kept_ptr + memory * (K * K), K, K, BK, BK)
-                _store_matrix(current_ptr, w, K, K, BK, BK)
+                w = load_matrix(kept_ptr + memory * (K * K), K, K, BK, BK)
+                store_matrix(current_ptr, w, K, K, BK, BK)
                 _store_slot(slot, rest, w, K, K, BK, BK)
             tl.debug_barrier()
         i += 1
@@ -547,123 +480,123 @@ def _mlp_backward(
         tl.store(d_g_end_ptr + memory * num_tiles + i, d_g_end)
         tl.debug_barrier()
         # W2' = g_end W2 - residual^T y
-        low2 = _load_matrix(low2_ptr, F, K, BF, BK)
-        residual = _load_tokens(residual_ptr, there, rows, F, BF, TILE)
-        _store_tokens(d_y_ptr, -tl.dot(residual, low2, input_precision=PRECISION), there, rows, K, BK, TILE)
-        y = _load_tokens(y_ptr, here, rows, K, BK, TILE)
+        low2 = load_matrix(low2_ptr, F, K, BF, BK)
+        residual = load_tokens(residual_ptr, there, rows, F, BF, TILE)
+        store_tokens(d_y_ptr, -tl.dot(residual, low2, input_precision=PRECISION), there, rows, K, BK, TILE)
+        y = load_tokens(y_ptr, here, rows, K, BK, TILE)
         d_residual = _load_gradient(in_residual_ptr, there, rows, F, BF, TILE)
         d_residual -= tl.dot(y, tl.trans(low2), input_precision=PRECISION)
-        _store_tokens(part_ptr, d_residual, 0, rows, F, BF, TILE)
+        store_tokens(part_ptr, d_residual, 0, rows, F, BF, TILE)
         if ERASE and PER_CHUNK > 1:
-            k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
-            passed = tl.dot(k, tl.trans(_load_matrix(slot2, F, K, BF, BK)), input_precision=PRECISION)
-            _store_scalars(d_g_prev_ptr, tl.sum(d_residual * passed, 1), there, rows, TILE)
-            d_passed = d_residual * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
-            _store_tokens(d_passed_ptr, d_passed, 0, rows, F, BF, TILE)
+            k = load_tokens(k_ptr, here, rows, K, BK, TILE)
+            passed = tl.dot(k, tl.trans(load_matrix(slot2, F, K, BF, BK)), input_precision=PRECISION)
+            store_scalars(d_g_prev_ptr, tl.sum(d_residual * passed, 1), there, rows, TILE)
+            d_passed = d_residual * load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
+            store_tokens(d_passed_ptr, d_passed, 0, rows, F, BF, TILE)
         tl.debug_barrier()
         # residual = g_prev W2 k + bounded(back * slope), back = error W1
-        a2 = _load_matrix(w2_ptr + (slots + anchor) * SIZE, F, K, BF, BK)
-        a1 = _load_matrix(w1_ptr + (slots + anchor) * SIZE, K, F, BK, BF)
-        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+        a2 = load_matrix(w2_ptr + (slots + anchor) * SIZE, F, K, BF, BK)
+        a1 = load_matrix(w1_ptr + (slots + anchor) * SIZE, K, F, BK, BF)
+        k = load_tokens(k_ptr, here, rows, K, BK, TILE)
         pre = tl.dot(k, tl.trans(a2), input_precision=PRECISION)
         _, slope, curvature = _silu(pre)
-        back = tl.dot(_load_tokens(error_ptr, there, rows, K, BK, TILE), a1, input_precision=PRECISION)
-        d_residual = _load_tokens(part_ptr, 0, rows, F, BF, TILE)
+        back = tl.dot(load_tokens(error_ptr, there, rows, K, BK, TILE), a1, input_precision=PRECISION)
+        d_residual = load_tokens(part_ptr, 0, rows, F, BF, TILE)
         if ERASE and PER_CHUNK == 1:
-            _store_scalars(d_g_prev_ptr, tl.sum(d_residual * pre, 1), there, rows, TILE)
+            store_scalars(d_g_prev_ptr, tl.sum(d_residual * pre, 1), there, rows, TILE)
         delta, delta_scale = _bounded(back * slope, inverse_square, HUBER)
         d_inner = _bounded_backward(d_residual, delta, delta_scale, inverse_square, HUBER)
-        _store_tokens(d_back_ptr, d_inner * slope, 0, rows, F, BF, TILE)
+        store_tokens(d_back_ptr, d_inner * slope, 0, rows, F, BF, TILE)
         d_pre = d_inner * back * curvature
         if ERASE and PER_CHUNK == 1:
-            d_pre += d_residual * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
-        _store_tokens(part_ptr, d_pre, 0, rows, F, BF, TILE)
+            d_pre += d_residual * load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
+        store_tokens(part_ptr, d_pre, 0, rows, F, BF, TILE)
         tl.debug_barrier()
         # W1' = g_end W1 - (w error)^T hidden, error = bounded(k + W1 hidden - target)
-        low1 = _load_matrix(low1_ptr, K, F, BK, BF)
-        hidden = _load_tokens(hidden_ptr, there, rows, F, BF, TILE)
+        low1 = load_matrix(low1_ptr, K, F, BK, BF)
+        hidden = load_tokens(hidden_ptr, there, rows, F, BF, TILE)
         through = tl.dot(hidden, tl.trans(low1), input_precision=PRECISION)
-        error = _load_tokens(error_ptr, there, rows, K, BK, TILE).to(tl.float32)
-        _store_scalars(d_w_ptr, -tl.sum(through * error, 1), there, rows, TILE)
-        d_back = _load_tokens(d_back_ptr, 0, rows, F, BF, TILE)
+        error = load_tokens(error_ptr, there, rows, K, BK, TILE).to(tl.float32)
+        store_scalars(d_w_ptr, -tl.sum(through * error, 1), there, rows, TILE)
+        d_back = load_tokens(d_back_ptr, 0, rows, F, BF, TILE)
         d_error = tl.dot(d_back, tl.trans(a1), input_precision=PRECISION)
-        d_error -= through * _load_scalars(w_ptr, here, rows, TILE)[:, None]
+        d_error -= through * load_scalars(w_ptr, here, rows, TILE)[:, None]
         d_error += _load_gradient(in_error_ptr, there, rows, K, BK, TILE)
-        d_error = _bounded_backward(d_error, error, _load_scalars(scale_ptr, there, rows, TILE), inverse_square, HUBER)
-        _store_tokens(d_error_ptr, d_error, 0, rows, K, BK, TILE)
-        _store_tokens(d_k_ptr, d_error, there, rows, K, BK, TILE)
+        d_error = _bounded_backward(d_error, error, load_scalars(scale_ptr, there, rows, TILE), inverse_square, HUBER)
+        store_tokens(d_error_ptr, d_error, 0, rows, K, BK, TILE)
+        store_tokens(d_k_ptr, d_error, there, rows, K, BK, TILE)
         if not SELF_TARGET:
-            target, target_scale = _unit(_load_tokens(v_ptr, here, rows, K, BK, TILE).to(tl.float32), NORMALIZE)
-            _store_tokens(d_v_ptr, _unit_backward(-d_error, target, target_scale, NORMALIZE), there, rows, K, BK, TILE)
+            target, target_scale = _unit(load_tokens(v_ptr, here, rows, K, BK, TILE).to(tl.float32), NORMALIZE)
+            store_tokens(d_v_ptr, _unit_backward(-d_error, target, target_scale, NORMALIZE), there, rows, K, BK, TILE)
         tl.debug_barrier()
         if SELF_TARGET and NORMALIZE:
-            v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
+            v = load_tokens(v_ptr, here, rows, K, BK, TILE)
             hidden_v, _, _ = _silu(tl.dot(v, tl.trans(a2), input_precision=PRECISION))
-            _store_tokens(inner_ptr, hidden_v, 0, rows, F, BF, TILE)
+            store_tokens(inner_ptr, hidden_v, 0, rows, F, BF, TILE)
             target, target_scale = _mlp_target(v, hidden_v, a1, NORMALIZE, SELF_TARGET, PRECISION)
-            d_error = _load_tokens(d_k_ptr, there, rows, K, BK, TILE)
+            d_error = load_tokens(d_k_ptr, there, rows, K, BK, TILE)
             d_target = _unit_backward(-d_error, target, target_scale, NORMALIZE)
-            _store_tokens(d_target_ptr, d_target, 0, rows, K, BK, TILE)
-            _store_tokens(d_v_ptr, d_target, there, rows, K, BK, TILE)
+            store_tokens(d_target_ptr, d_target, 0, rows, K, BK, TILE)
+            store_tokens(d_v_ptr, d_target, there, rows, K, BK, TILE)
             tl.debug_barrier()
-        d_error = _load_tokens(d_error_ptr, 0, rows, K, BK, TILE)
+        d_error = load_tokens(d_error_ptr, 0, rows, K, BK, TILE)
         d_hidden = tl.dot(d_error, a1, input_precision=PRECISION)
         if SELF_TARGET:
-            v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
+            v = load_tokens(v_ptr, here, rows, K, BK, TILE)
             hidden_v, slope_v, _ = _silu(tl.dot(v, tl.trans(a2), input_precision=PRECISION))
             if NORMALIZE:
-                d_hidden_v = tl.dot(_load_tokens(d_target_ptr, 0, rows, K, BK, TILE), a1, input_precision=PRECISION)
+                d_hidden_v = tl.dot(load_tokens(d_target_ptr, 0, rows, K, BK, TILE), a1, input_precision=PRECISION)
             else:
                 d_hidden_v = -d_hidden
-                hidden = _load_tokens(hidden_ptr, there, rows, F, BF, TILE).to(tl.float32)
-                _store_tokens(inner_ptr, hidden - hidden_v, 0, rows, F, BF, TILE)
-            _store_tokens(d_pre_v_ptr, d_hidden_v * slope_v, 0, rows, F, BF, TILE)
-        error = _load_tokens(error_ptr, there, rows, K, BK, TILE).to(tl.float32)
-        paced = (error * _load_scalars(w_ptr, here, rows, TILE)[:, None]).to(dtype)
+                hidden = load_tokens(hidden_ptr, there, rows, F, BF, TILE).to(tl.float32)
+                store_tokens(inner_ptr, hidden - hidden_v, 0, rows, F, BF, TILE)
+            store_tokens(d_pre_v_ptr, d_hidden_v * slope_v, 0, rows, F, BF, TILE)
+        error = load_tokens(error_ptr, there, rows, K, BK, TILE).to(tl.float32)
+        paced = (error * load_scalars(w_ptr, here, rows, TILE)[:, None]).to(dtype)
         d_hidden -= tl.dot(paced, low1, input_precision=PRECISION)
         d_hidden += _load_gradient(in_hidden_ptr, there, rows, F, BF, TILE)
-        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
+        k = load_tokens(k_ptr, here, rows, K, BK, TILE)
         _, slope, _ = _silu(tl.dot(k, tl.trans(a2), input_precision=PRECISION))
-        d_pre = _load_tokens(part_ptr, 0, rows, F, BF, TILE) + d_hidden * slope
-        _store_tokens(d_pre_ptr, d_pre, 0, rows, F, BF, TILE)
+        d_pre = load_tokens(part_ptr, 0, rows, F, BF, TILE) + d_hidden * slope
+        store_tokens(d_pre_ptr, d_pre, 0, rows, F, BF, TILE)
         tl.debug_barrier()
-        d_error = _load_tokens(d_k_ptr, there, rows, K, BK, TILE)
+        d_error = load_tokens(d_k_ptr, there, rows, K, BK, TILE)
         if SELF_TARGET:
-            d_target = _load_tokens(d_v_ptr, there, rows, K, BK, TILE) if NORMALIZE else -d_error
-            d_target += tl.dot(_load_tokens(d_pre_v_ptr, 0, rows, F, BF, TILE), a2, input_precision=PRECISION)
-            _store_tokens(d_v_ptr, d_target, there, rows, K, BK, TILE)
-        d_k = d_error + tl.dot(_load_tokens(d_pre_ptr, 0, rows, F, BF, TILE), a2, input_precision=PRECISION)
+            d_target = load_tokens(d_v_ptr, there, rows, K, BK, TILE) if NORMALIZE else -d_error
+            d_target += tl.dot(load_tokens(d_pre_v_ptr, 0, rows, F, BF, TILE), a2, input_precision=PRECISION)
+            store_tokens(d_v_ptr, d_target, there, rows, K, BK, TILE)
+        d_k = d_error + tl.dot(load_tokens(d_pre_ptr, 0, rows, F, BF, TILE), a2, input_precision=PRECISION)
         if ERASE and PER_CHUNK > 1:
-            d_passed = _load_tokens(d_passed_ptr, 0, rows, F, BF, TILE)
-            d_k += tl.dot(d_passed, _load_matrix(slot2, F, K, BF, BK), input_precision=PRECISION)
-        _store_tokens(d_k_ptr, d_k, there, rows, K, BK, TILE)
+            d_passed = load_tokens(d_passed_ptr, 0, rows, F, BF, TILE)
+            d_k += tl.dot(d_passed, load_matrix(slot2, F, K, BF, BK), input_precision=PRECISION)
+        store_tokens(d_k_ptr, d_k, there, rows, K, BK, TILE)
         # the weights, from what is parked
         through2, through1 = grad2_ptr, grad1_ptr
         if PER_CHUNK > 1:
             through2, through1 = anchor2_ptr, anchor1_ptr
-        d_error = _load_tokens(d_error_ptr, 0, rows, K, BK, TILE)
-        total = _load_matrix(through1, K, F, BK, BF)
-        error = tl.trans(_load_tokens(error_ptr, there, rows, K, BK, TILE))
-        total = tl.dot(error, _load_tokens(d_back_ptr, 0, rows, F, BF, TILE), total, input_precision=PRECISION)
+        d_error = load_tokens(d_error_ptr, 0, rows, K, BK, TILE)
+        total = load_matrix(through1, K, F, BK, BF)
+        error = tl.trans(load_tokens(error_ptr, there, rows, K, BK, TILE))
+        total = tl.dot(error, load_tokens(d_back_ptr, 0, rows, F, BF, TILE), total, input_precision=PRECISION)
         if SELF_TARGET and not NORMALIZE:
-            total = tl.dot(tl.trans(d_error), _load_tokens(inner_ptr, 0, rows, F, BF, TILE), total, input_precision=PRECISION)
+            total = tl.dot(tl.trans(d_error), load_tokens(inner_ptr, 0, rows, F, BF, TILE), total, input_precision=PRECISION)
         else:
-            total = tl.dot(tl.trans(d_error), _load_tokens(hidden_ptr, there, rows, F, BF, TILE), total, input_precision=PRECISION)
+            total = tl.dot(tl.trans(d_error), load_tokens(hidden_ptr, there, rows, F, BF, TILE), total, input_precision=PRECISION)
             if SELF_TARGET:
-                d_target = tl.trans(_load_tokens(d_target_ptr, 0, rows, K, BK, TILE))
-                total = tl.dot(d_target, _load_tokens(inner_ptr, 0, rows, F, BF, TILE), total, input_precision=PRECISION)
-        _store_matrix(through1, total, K, F, BK, BF)
-        total = _load_matrix(through2, F, K, BF, BK)
-        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
-        total = tl.dot(tl.trans(_load_tokens(d_pre_ptr, 0, rows, F, BF, TILE)), k, total, input_precision=PRECISION)
+                d_target = tl.trans(load_tokens(d_target_ptr, 0, rows, K, BK, TILE))
+                total = tl.dot(d_target, load_tokens(inner_ptr, 0, rows, F, BF, TILE), total, input_precision=PRECISION)
+        store_matrix(through1, total, K, F, BK, BF)
+        total = load_matrix(through2, F, K, BF, BK)
+        k = load_tokens(k_ptr, here, rows, K, BK, TILE)
+        total = tl.dot(tl.trans(load_tokens(d_pre_ptr, 0, rows, F, BF, TILE)), k, total, input_precision=PRECISION)
         if SELF_TARGET:
-            v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
-            total = tl.dot(tl.trans(_load_tokens(d_pre_v_ptr, 0, rows, F, BF, TILE)), v, total, input_precision=PRECISION)
-        _store_matrix(through2, total, F, K, BF, BK)
+            v = load_tokens(v_ptr, here, rows, K, BK, TILE)
+            total = tl.dot(tl.trans(load_tokens(d_pre_v_ptr, 0, rows, F, BF, TILE)), v, total, input_precision=PRECISION)
+        store_matrix(through2, total, F, K, BF, BK)
         if ERASE and PER_CHUNK > 1:
-            d_passed = tl.trans(_load_tokens(d_passed_ptr, 0, rows, F, BF, TILE))
-            total = tl.dot(d_passed, k, _load_matrix(grad2_ptr, F, K, BF, BK), input_precision=PRECISION)
-            _store_matrix(grad2_ptr, total, F, K, BF, BK)
+            d_passed = tl.trans(load_tokens(d_passed_ptr, 0, rows, F, BF, TILE))
+            total = tl.dot(d_passed, k, load_matrix(grad2_ptr, F, K, BF, BK), input_precision=PRECISION)
+            store_matrix(grad2_ptr, total, F, K, BF, BK)
         tl.debug_barrier()
         is_reset = False
         if reset_ptr is not None:
@@ -713,53 +646,53 @@ def _linear_backward(
         d_g_end = _enter_tile(grad_ptr, low_ptr, anchor_ptr, read, slot, rest, live, keep, is_last, K * K, PER_CHUNK, READS_ANCHOR, FLAT)
         tl.store(d_g_end_ptr + memory * num_tiles + i, d_g_end)
         tl.debug_barrier()
-        low = _load_matrix(low_ptr, K, K, BK, BK)
-        residual = _load_tokens(residual_ptr, there, rows, K, BK, TILE)
-        _store_tokens(d_y_ptr, -tl.dot(residual, low, input_precision=PRECISION), there, rows, K, BK, TILE)
-        y = _load_tokens(y_ptr, here, rows, K, BK, TILE)
+        low = load_matrix(low_ptr, K, K, BK, BK)
+        residual = load_tokens(residual_ptr, there, rows, K, BK, TILE)
+        store_tokens(d_y_ptr, -tl.dot(residual, low, input_precision=PRECISION), there, rows, K, BK, TILE)
+        y = load_tokens(y_ptr, here, rows, K, BK, TILE)
         d_residual = -tl.dot(y, tl.trans(low), input_precision=PRECISION)
         d_residual += _load_gradient(in_residual_ptr, there, rows, K, BK, TILE)
         # residual = g_prev W k + bounded(W k - target)
-        a = _load_matrix(w_ptr + (slots + anchor) * (K * K), K, K, BK, BK)
-        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
-        v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
+        a = load_matrix(w_ptr + (slots + anchor) * (K * K), K, K, BK, BK)
+        k = load_tokens(k_ptr, here, rows, K, BK, TILE)
+        v = load_tokens(v_ptr, here, rows, K, BK, TILE)
         pre = tl.dot(k, tl.trans(a), input_precision=PRECISION)
         target, target_scale = _linear_target(v, a, NORMALIZE, SELF_TARGET, PRECISION)
         error, scale = _bounded(pre - target, inverse_square, HUBER)
         d_error = _bounded_backward(d_residual, error, scale, inverse_square, HUBER)
         d_target = _unit_backward(-d_error, target, target_scale, NORMALIZE)
         if SELF_TARGET:
-            _store_tokens(d_target_ptr, d_target, 0, rows, K, BK, TILE)
+            store_tokens(d_target_ptr, d_target, 0, rows, K, BK, TILE)
             d_target = tl.dot(d_target.to(dtype), a, input_precision=PRECISION)
-        _store_tokens(d_v_ptr, d_target, there, rows, K, BK, TILE)
+        store_tokens(d_v_ptr, d_target, there, rows, K, BK, TILE)
         if ERASE:
-            d_passed = d_residual * _load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
+            d_passed = d_residual * load_scalars(g_prev_ptr, here, rows, TILE)[:, None]
             if PER_CHUNK > 1:
-                pre = tl.dot(k, tl.trans(_load_matrix(slot, K, K, BK, BK)), input_precision=PRECISION)
-                _store_tokens(d_passed_ptr, d_passed, 0, rows, K, BK, TILE)
+                pre = tl.dot(k, tl.trans(load_matrix(slot, K, K, BK, BK)), input_precision=PRECISION)
+                store_tokens(d_passed_ptr, d_passed, 0, rows, K, BK, TILE)
             else:
                 d_error += d_passed
-            _store_scalars(d_g_prev_ptr, tl.sum(d_residual * pre, 1), there, rows, TILE)
-        _store_tokens(d_pre_ptr, d_error, 0, rows, K, BK, TILE)
+            store_scalars(d_g_prev_ptr, tl.sum(d_residual * pre, 1), there, rows, TILE)
+        store_tokens(d_pre_ptr, d_error, 0, rows, K, BK, TILE)
         d_k = tl.dot(d_error.to(dtype), a, input_precision=PRECISION)
         if ERASE and PER_CHUNK > 1:
-            d_k = tl.dot(d_passed.to(dtype), _load_matrix(slot, K, K, BK, BK), d_k, input_precision=PRECISION)
-        _store_tokens(d_k_ptr, d_k, there, rows, K, BK, TILE)
+            d_k = tl.dot(d_passed.to(dtype), load_matrix(slot, K, K, BK, BK), d_k, input_precision=PRECISION)
+        store_tokens(d_k_ptr, d_k, there, rows, K, BK, TILE)
         tl.debug_barrier()
         through = grad_ptr
         if PER_CHUNK > 1:
             through = anchor_ptr
-        total = _load_matrix(through, K, K, BK, BK)
-        k = _load_tokens(k_ptr, here, rows, K, BK, TILE)
-        total = tl.dot(tl.trans(_load_tokens(d_pre_ptr, 0, rows, K, BK, TILE)), k, total, input_precision=PRECISION)
+        total = load_matrix(through, K, K, BK, BK)
+        k = load_tokens(k_ptr, here, rows, K, BK, TILE)
+        total = tl.dot(tl.trans(load_tokens(d_pre_ptr, 0, rows, K, BK, TILE)), k, total, input_precision=PRECISION)
         if SELF_TARGET:
-            v = _load_tokens(v_ptr, here, rows, K, BK, TILE)
-            total = tl.dot(tl.trans(_load_tokens(d_target_ptr, 0, rows, K, BK, TILE)), v, total, input_precision=PRECISION)
-        _store_matrix(through, total, K, K, BK, BK)
+            v = load_tokens(v_ptr, here, rows, K, BK, TILE)
+            total = tl.dot(tl.trans(load_tokens(d_target_ptr, 0, rows, K, BK, TILE)), v, total, input_precision=PRECISION)
+        store_matrix(through, total, K, K, BK, BK)
         if ERASE and PER_CHUNK > 1:
-            d_passed = tl.trans(_load_tokens(d_passed_ptr, 0, rows, K, BK, TILE))
-            total = tl.dot(d_passed, k, _load_matrix(grad_ptr, K, K, BK, BK), input_precision=PRECISION)
-            _store_matrix(grad_ptr, total, K, K, BK, BK)
+            d_passed = tl.trans(load_tokens(d_passed_ptr, 0, rows, K, BK, TILE))
+            total = tl.dot(d_passed, k, load_matrix(grad_ptr, K, K, BK, BK), input_precision=PRECISION)
+            store_matrix(grad_ptr, total, K, K, BK, BK)
         tl.debug_barrier()
         is_reset = False
         if reset_ptr is not None:

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hope_kernels.blocks_triton import load_matrix
 from hope_kernels.memory import L2_EPS
 from hope_kernels.projection_scan.generate import MAX_FORGET, Readout
 from hope_kernels.tiling import Tiling
@@ -95,17 +96,6 @@ def _features(token, feature, exists, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
         return offsets, exists[None, :]
     else:
         return offsets, exists[None, :] & (feature < COLUMNS)[:, None]
-
-
-@triton.jit
-def _matrix(base, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """A matrix [ROWS, COLUMNS], zero-padded to its block."""
-    row, column = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS)
-    offsets = row[:, None] * COLUMNS + column[None, :]
-    if ROWS == BLOCK_ROWS and COLUMNS == BLOCK_COLUMNS:
-        return tl.load(base + offsets)
-    else:
-        return tl.load(base + offsets, mask=(row < ROWS)[:, None] & (column < COLUMNS)[None, :], other=0.0)
 
 
 @triton.jit
@@ -199,10 +189,10 @@ def _generate_forward(
         PER_CHUNK: tl.constexpr = (CHUNK + TILE - 1) // TILE
         chunk = tile // PER_CHUNK
         memory, slot = line * tl.num_programs(1) + place, chunk * slots_per_chunk
-        first = _matrix(_anchor(w2, start2, reset, line, chunk, num_chunks, memory, slot, num_tiles, F * K), F, K, BLOCK_F, BLOCK_K)
+        first = load_matrix(_anchor(w2, start2, reset, line, chunk, num_chunks, memory, slot, num_tiles, F * K), F, K, BLOCK_F, BLOCK_K)
         if not LINEAR:
             w1_at = _anchor(w1, start1, reset, line, chunk, num_chunks, memory, slot, num_tiles, F * K)
-            second = _matrix(w1_at, K, F, BLOCK_K, BLOCK_F)
+            second = load_matrix(w1_at, K, F, BLOCK_K, BLOCK_F)
             pre = tl.dot(x, tl.trans(first), input_precision=PRECISION)
             hidden = pre * _sigmoid(pre)
     if (stream == 1) | (stream == 2):
@@ -363,7 +353,7 @@ def _generate_backward(
             d_start2_at = d_start2 + memory * F * K
             if not LINEAR:
                 d_start1_at = d_start1 + memory * F * K
-        first = _matrix(w2_at, F, K, BLOCK_F, BLOCK_K)
+        first = load_matrix(w2_at, F, K, BLOCK_F, BLOCK_K)
         if LINEAR:
             if is_gate:
                 read_x = tl.sum(first.to(tl.float32) * read_x[None, :], 1)
@@ -387,7 +377,7 @@ def _generate_backward(
                 d_out = tl.load(d_x + wide, mask=wide_mask, other=0.0).to(x.dtype)
                 d_second += tl.dot(d_out, tl.trans(hidden.to(x.dtype)), input_precision=PRECISION)
             _hand_back(d_w1 + memory * F * K, d_start1_at, returned, d_second, K, F, BLOCK_K, BLOCK_F)
-            second = _matrix(w1_at, K, F, BLOCK_K, BLOCK_F)
+            second = load_matrix(w1_at, K, F, BLOCK_K, BLOCK_F)
             if is_gate:
                 read_x += tl.sum(second.to(tl.float32) * read_hidden[None, :], 1)
         d_first = tl.zeros((BLOCK_F, BLOCK_K), tl.float32)

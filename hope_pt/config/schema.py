@@ -256,7 +256,7 @@ class M3Config(Section):
     """Multi-scale momentum Muon (NL Algorithm 1): a fast and a slow momentum, both orthogonalised, over a second moment."""
 
     mode: Literal["ema", "literal"] = "ema"
-    """"ema": decaying averages and updates of AdamW's root mean square; "literal": sums without decay, as printed."""
+    """"ema": decaying averages and updates of the size of Muon's with scale = "rms"; "literal": sums without decay, as printed."""
     betas: tuple[DecayRate, DecayRate, DecayRate] = (0.95, 0.95, 0.9)
     """Decay rates of the fast momentum, the second moment and the slow momentum."""
     slow_weight: Annotated[float, Field(ge=0)] = 0.5
@@ -456,8 +456,10 @@ class EvalConfig(Section):
 
 
 class TokenClockConfig(Section):
-    """The token clock (SPEC 3; docs/token_clock.md): CMS levels whose matrices change within a sequence, for every row by itself, by plain
-    gradient descent on the next-token loss. For `hope eval`, `hope generate` and meta-training; it has no effect elsewhere."""
+    """The token clock (SPEC 3; docs/token_clock.md): CMS levels that change within a sequence, by its own next-token loss.
+
+    For `hope eval`, `hope generate` and meta-training; it has no effect elsewhere.
+    """
 
     periods: tuple[NonNegativeInt, ...] = ()
     """Tokens between two updates of every CMS level, highest frequency first; 0: the level stays as trained. Empty: no clock."""

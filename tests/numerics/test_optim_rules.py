@@ -202,23 +202,33 @@ def test_m3_slow_momentum_is_used_from_the_step_after(monkeypatch):
     torch.testing.assert_close(params[0] - params[1], -config.slow_weight * NS(config.betas[2] * (grads[0] + grads[1])))
 
 
-@pytest.mark.parametrize("settings", [{}, {"second_moment": False}, {"slow_weight": 0.0}])
+@pytest.mark.parametrize("slow_weight", [0.0, 0.5])
 @pytest.mark.parametrize("shape", ["matrix", "memories", "streams with a logit"])
-def test_m3_moves_as_much_as_adamw(settings, shape):
-    """Every matrix of every update has the root mean square 0.2 lr, and gradients of another size give the same update."""
+def test_m3_divides_by_the_second_moment_without_a_change_of_size(slow_weight, shape):
+    """Every matrix of every update moves by another matrix of the same norm; gradients of another size give the same update."""
     view, size = VIEWS[shape]
     runs = []
-    for factor in (1.0, 1e-6):
+    for factor, second in ((1.0, True), (1e-6, True), (1.0, False)):
         param = torch.nn.Parameter(torch.zeros(size, dtype=torch.float64))
-        optimizer = optimizer_of([param], M3(M3Config(slow_every=2, eps=1e-30, **settings)), view, lr=1e-3)
+        config = M3Config(slow_every=2, eps=1e-30, slow_weight=slow_weight, second_moment=second)
+        optimizer = optimizer_of([param], M3(config), view, lr=1e-3)
+        runs.append([])
         for grad in gradients(size, 5, 2):
             before = param.detach().clone()
             param.grad = grad * factor
             optimizer.step()
-            for moved in pieces(param.detach() - before, view):
-                assert moved.square().mean().sqrt().item() == pytest.approx(0.2e-3, rel=1e-9)
-        runs.append(param.detach().clone())
-    assert gap(*runs) < SAME
+            runs[-1] += pieces(param.detach() - before, view)
+    for divided, scaled, plain in zip(*runs, strict=True):
+        assert gap(scaled, divided) < SAME
+        assert abs(divided.norm() - plain.norm()) < SAME and gap(divided, plain) > 1e-2
+
+
+def test_m3_moves_as_much_as_adamw_where_gradients_have_full_rank():
+    """The root mean square of an update is 0.2 lr, within the range of Newton-Schulz's singular values."""
+    param = torch.nn.Parameter(torch.zeros(40, 24, dtype=torch.float64))
+    param.grad = torch.randn(40, 24, generator=torch.Generator().manual_seed(1)).double()
+    optimizer_of([param], M3(M3Config(slow_weight=0.0)), lr=1e-3).step()
+    assert 0.7 < param.detach().square().mean().sqrt().item() / 0.2e-3 < 1.2
 
 
 @pytest.mark.parametrize("name", ["momentum", "delta_momentum", "deep_momentum"])

@@ -4,22 +4,27 @@
     every f-th step   M2 <- avg(M2, sum of the last f gradients);  O2 = NS(M2), used from the next step on
 
 mode = "literal": avg adds b G to a sum that never decays, and the update is what it is, as printed. mode = "ema" [choice]: decaying
-averages, Nesterov's look-ahead for M1 as in Muon, and updates of AdamW's size. The size: the direction, divided by the second moment or
-with a slow part, has no known scale (1 / sqrt(V) alone is that of an inverse gradient), so it is brought to the root mean square 0.2,
-measured over the whole matrix; a step of lr then is one of AdamW's, whatever the layout. A lone NS(M1) has Muon's factor, which is the same
-number for exactly orthogonal matrices: with slow_weight = 0 and second_moment = false M3 is Muon. V needs no correction at the start, when
-all of it is too small by one factor.
+averages, Nesterov's look-ahead for M1 as in Muon, and updates of Muon's size. The quotient has no size of its own (1 / sqrt(V) is that of
+an inverse gradient), so the division keeps the Frobenius norm of X = NS(M1) + a O2, measured over the whole matrix:
+
+    W <- W - lr 0.2 sqrt(max(R, C)) / (1 + a) * |X| / |X / (sqrt(V) + eps)| * X / (sqrt(V) + eps)
+
+The root mean square is then that of AdamW's updates, 0.2, where gradients have full rank and both momenta agree, and less where they do
+not; without second moment and slow momentum M3 is Muon. A quotient brought to 0.2 in every case would move along the few directions of a
+gradient of low rank the more, the wider the matrix is (docs/optimizers.md). V needs no correction at the start, when all of it is too small
+by one factor.
 """
 
 import math
 
+import torch
 from torch import Tensor
 
 from hope_pt.config.schema import M3Config
 from hope_pt.optim.rules.base import ADAMW_RMS, NewtonSchulz, Step, UpdateRule, rms_scale
 
 TINY = 1e-30
-"""Keeps the scale of a zero matrix finite; far below any square of a root mean square in fp32."""
+"""Keeps a zero matrix zero."""
 
 
 def reference(
@@ -34,12 +39,11 @@ def reference(
     fast, second = average(state["fast"], grad, b1), average(state["second"], grad**2, b2)
     slow, slow_sum, slow_direction = state["slow"], state["slow_sum"] + grad, state["slow_direction"]
     update = orthogonalise(average(fast, grad, b1) if ema and config.nesterov else fast) + config.slow_weight * slow_direction
+    size = update.norm()
     if config.second_moment:
         update = update / (second.sqrt() + config.eps)
-    if ema and (config.second_moment or config.slow_weight):
-        update = update * (ADAMW_RMS / (update.square().mean() + TINY).sqrt())
-    elif ema:
-        update = update * ADAMW_RMS * math.sqrt(max(grad.shape))
+    if ema:
+        update = update * size / (update.norm() + TINY) * ADAMW_RMS * math.sqrt(max(grad.shape)) / (1 + config.slow_weight)
     if number % config.slow_every == 0:
         slow, slow_sum = average(slow, slow_sum, b3), slow_sum * 0
         slow_direction = orthogonalise(slow)
@@ -63,26 +67,32 @@ class M3(UpdateRule):
         config, (b1, b2, _) = self.config, self.config.betas
         fast = self._average(state["fast"], grads, b1)
         ahead = grads.lerp(fast, b1) if self.ema and config.nesterov else fast
-        (direction,) = step.matrices.apply(lambda ahead_MRC: (self.orthogonalise(ahead_MRC),), ahead)
+        parts = [ahead]
         if config.slow_weight:
-            direction.add_(state["slow_direction"], alpha=config.slow_weight)
+            parts.append(state["slow_direction"])
         if config.second_moment:
-            second = state["second"]
-            if self.ema:
-                second.mul_(b2).addcmul_(grads, grads, value=1 - b2)
-            else:
-                second.addcmul_(grads, grads, value=b2)
-            direction.div_(second.sqrt().add_(config.eps))
-        if self.ema:
-            measured = config.second_moment or config.slow_weight > 0
-            scale = measured_scale if measured else orthogonal_scale
-            (direction,) = step.matrices.apply(scale, direction, constants=[step.matrices.rows(grads)])
+            second = state["second"].mul_(b2 if self.ema else 1.0)
+            parts.append(second.addcmul_(grads, grads, value=1 - b2 if self.ema else b2))
+        (direction,) = step.matrices.apply(self._direct, *parts, constants=[step.matrices.rows(grads)])
         if config.slow_weight:
             self._advance_slow(grads, state, step)
-        return direction.neg_()
+        return direction
 
     def _average(self, old: Tensor, new: Tensor, b: float) -> Tensor:
         return old.lerp_(new, 1 - b) if self.ema else old.add_(new, alpha=b)
+
+    def _direct(self, ahead: Tensor, *others: Tensor) -> tuple[Tensor]:
+        """The direction [M, R, C] from the fast momentum, O2 and V where there are such, and the rows [M, 1, 1]."""
+        config, (*parts, rows) = self.config, others
+        x = self.orthogonalise(ahead)
+        if config.slow_weight:
+            x = x.add_(parts[0], alpha=config.slow_weight)
+        size = _norm(x)
+        if config.second_moment:
+            x = x.div_(parts[-1].sqrt().add_(config.eps))
+        if self.ema:
+            x = x.mul_(size / (_norm(x) + TINY) * rms_scale(rows, x.shape[-1]) * (ADAMW_RMS / (1 + config.slow_weight)))
+        return (x.neg_(),)
 
     def _advance_slow(self, grads: Tensor, state: dict[str, Tensor], step: Step) -> None:
         total = state["slow_sum"].add_(grads)
@@ -92,12 +102,6 @@ class M3(UpdateRule):
             (state["slow_direction"],) = step.matrices.apply(lambda slow_MRC: (self.orthogonalise(slow_MRC),), slow)
 
 
-def measured_scale(x_MRC: Tensor, rows_M: Tensor) -> tuple[Tensor]:
-    """Bring each matrix, of the given rows (others are zero), to the root mean square of AdamW's updates."""
-    mean_square = x_MRC.square().sum((-2, -1), keepdim=True) / (rows_M * x_MRC.shape[-1])
-    return (x_MRC * (ADAMW_RMS / (mean_square + TINY).sqrt()),)
-
-
-def orthogonal_scale(x_MRC: Tensor, rows_M: Tensor) -> tuple[Tensor]:
-    """The same for orthogonal matrices, from their shape alone."""
-    return (x_MRC * (ADAMW_RMS * rms_scale(rows_M, x_MRC.shape[-1])),)
+def _norm(x: Tensor) -> Tensor:
+    """Frobenius norms [M, 1, 1]."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)

@@ -8,6 +8,7 @@ TRAIN_ARGS ?=
 PYTEST_ARGS ?=
 AOT_ARGS ?=
 BENCH_ARGS ?=
+COMPARE_ARGS ?=
 PROMPT ?= The
 CONTROLS := transformer_tiny hope_tiny_memory_off hope_tiny_static
 MCORE019 := .megatron-0.19
@@ -110,6 +111,17 @@ bench-gpu: $(VENV)/.stamp-full ## on a GPU: check and time the kernels, then tra
 .PHONY: stability
 stability: $(VENV)/.stamp-base data ## both chunk presets, three seeds, peak learning rate, long sequence; and the literal objective beside them
 	$(BIN)/python -m tools.stability
+
+.PHONY: optimizers
+optimizers: $(VENV)/.stamp-full data ## the outer optimizers compared: small configuration, digits, the paper's toy problem, step time at 170M
+	$(BIN)/python -m tools.optimizers.compare $(COMPARE_ARGS)
+	$(BIN)/python -m tools.optimizers.digits
+	$(BIN)/python -m tools.optimizers.toy
+	$(BIN)/python -m tools.optimizers.step_time
+
+.PHONY: coordinate-check
+coordinate-check: $(VENV)/.stamp-full data ## does a step change as much at every width, and does the best learning rate stay?
+	$(BIN)/python -m tools.optimizers.coordinate_check
 
 .PHONY: kill-trials
 kill-trials: $(VENV)/.stamp-base data ## kill -9 the trainer at random moments; the resumed losses must be bit-identical

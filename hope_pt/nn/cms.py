@@ -7,6 +7,8 @@ At which step a level's parameters move, and to which state a nested level retur
 `hope_pt.optim.clocks` and `hope_pt.optim.nested`); forward and backward are those of a stack of MLPs. A transformer's MLP is one level.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,7 +47,7 @@ class CMS(nn.Module):
 
     def __init__(self, config: ModelConfig, *, parts: Parts):
         super().__init__()
-        self.levels = nn.ModuleList([CMSLevel(config, parts=parts) for _ in config.cms.periods])
+        self.levels: Sequence[CMSLevel] = nn.ModuleList([CMSLevel(config, parts=parts) for _ in config.cms.periods])  # type: ignore[assignment]
         self.is_chain = config.cms.variant != "independent"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

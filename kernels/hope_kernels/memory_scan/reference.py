@@ -6,8 +6,15 @@ float64 and T <= 128.
 
 import torch
 
-from hope_kernels.memory import bounded, generated_target, inner_loss, l2norm, read_memory
+from hope_kernels.memory import generated_target, inner_loss, l2norm, read_memory
 from hope_kernels.rule import ChunkMasks, MemoryRule, MemoryState
+
+
+def bounded(error: torch.Tensor, rule: MemoryRule) -> torch.Tensor:
+    """`hope_kernels.memory.bounded` in torch's own operations, which can be differentiated any number of times."""
+    if rule.objective != "huber":
+        return error
+    return error * torch.rsqrt(1 + error.square().sum(-1, keepdim=True) / rule.huber_delta**2)
 
 
 def token_signals(anchor: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor, rule: MemoryRule) -> list[tuple]:

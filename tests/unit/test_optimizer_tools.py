@@ -10,6 +10,7 @@ import torch
 from hope_pt import config as configuration
 from hope_pt.config.schema import MomentumConfig, OptimConfig
 from hope_pt.errors import ConfigError
+from hope_pt.nn import HopeLM
 from hope_pt.optim.rules.base import NewtonSchulz
 from hope_pt.optim.rules.momentum import reference
 from tools.optimizers import common, compare, coordinate_check, step_time, toy
@@ -192,13 +193,34 @@ def test_coordinate_slopes_and_verdict():
     widths = [64, 128, 256]
     assert coordinate_check.slope(widths, [1.0, 2.0, 4.0]) == pytest.approx(1)
     rows = [
-        {"optimizer": "adamw", "width": width, "base_width": base, "changes": [{"logits": 9.0}, {"logits": 1.0 if base else width / 64}]}
+        {"optimizer": "adamw", "width": width, "base_width": base, "changes": [{}, {"all": {"logits": 1.0 if base else width / 64}}]}
         for width, base in ((64, 0), (128, 0), (128, 64), (256, 0), (256, 64))
     ]
     off, on = coordinate_check.coordinates(rows, widths)
     assert off["slopes"]["logits"] == pytest.approx(1) and not off["flat"]
     assert on["slopes"]["logits"] == pytest.approx(0, abs=1e-9) and on["flat"]
-    assert "| adamw | off | +1.00 | no |" in coordinate_check.coordinate_table([off, on])
+    assert "| adamw | all | off | +1.00 | no |" in coordinate_check.coordinate_table([off, on])
+
+
+def test_coordinate_changes_are_split_by_parameter():
+    config = coordinate_check.case_config(coordinate_check.Case("adamw", 64, 0, 1e-3, 1, True))
+    lm = HopeLM(config.model)
+    first = {name: value.clone() for name, value in lm.state_dict().items()}
+    tokens_BT = torch.arange(64).view(1, 64)
+    with torch.no_grad():
+        lm.embedding.weight.mul_(1.5)
+    found = coordinate_check.changes_of(lm, first, tokens_BT, config)
+    assert set(found["matrices"].values()) == {0.0} and found["all"] == found["others"]
+    assert all(torch.equal(value, first[name]) for name, value in lm.state_dict().items())
+    with torch.no_grad():
+        lm.blocks[1].cms.levels[0].w_down.weight.mul_(1.5)
+    found = coordinate_check.changes_of(lm, first, tokens_BT, config)
+    assert found["all"]["block 0"] == 0 < found["all"]["block 1"] and found["matrices"] == found["all"]
+    before = coordinate_check.activations(lm, tokens_BT)["logits"]
+    with torch.no_grad():
+        lm.blocks[1].cms.levels[0].w_down.weight.mul_(1.5)
+        after = lm(tokens_BT)[0]
+    assert found["all"]["logits"] == pytest.approx(float((after - before).square().mean().sqrt()))
 
 
 def test_coordinate_cases():

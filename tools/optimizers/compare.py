@@ -2,9 +2,9 @@
 
 Each run is `hope train` in a process of its own with one thread, two at a time. All see the same number of tokens, less than the corpus
 has: every batch is new text. Rates, for every optimizer with the same care (tools/optimizers/common.py): a grid of four, 2 apart, around
-hope_tiny's rate, with seed 0, scored by the training loss of the last tenth of the steps; one rate further where the best lies on the
-edge; then the remaining seeds (initial weights and order of the data) at the best. AdamW comes first, and what is tuned is `optim.lr`. The
-others keep AdamW's best `optim.lr` for their embeddings, norms and gates, and what is tuned is `optim.matrix_lr`.
+hope_tiny's rate, with seed 0, scored by the training loss of the last tenth of the steps; at most two rates further where the best lies
+on the edge; then the remaining seeds (initial weights and order of the data) at the best. AdamW comes first, and what is tuned is
+`optim.lr`. The others keep AdamW's best `optim.lr` for their embeddings, norms and gates, and what is tuned is `optim.matrix_lr`.
 
 A run that has all its steps, or has diverged, is not run again: the command continues where it was stopped. `--budget STEPS,BATCH`;
 sequences have the corpus's 256 tokens. Writes compare.json and compare.png, and prints the table.
@@ -35,7 +35,7 @@ from tools.optimizers import common
 from tools.optimizers.common import OPTIMIZERS, RESULTS, Trial
 
 CENTRES = dict.fromkeys(OPTIMIZERS, 3e-3)
-"""Second of the four rates: hope_tiny's. All rules but `momentum` and its relatives are scaled to AdamW's root mean square."""
+"""Second of the four rates: hope_tiny's. The same for all, because every rule's updates have about the root mean square of AdamW's."""
 TIMED_STEPS = 32
 """M3's slow momentum in the slowest level moves every 8 * 4 steps."""
 
@@ -258,10 +258,10 @@ def draw(axes: Sequence[Axes], runs: Mapping[str, Sequence[Run]], *, tokens_per_
 def main() -> int:
     """All runs that are missing, then table, JSON and figure."""
     parser = argparse.ArgumentParser(description="Loss of every optimizer on the small configuration, equal tokens, tuned rates.")
-    parser.add_argument("--budget", default="250,8", help="steps,sequences in a step")
+    parser.add_argument("--budget", default="220,8", help="steps,sequences in a step")
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS), help="AdamW always runs")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--extend", type=int, default=1, help="rates beyond the edge of the grid, where the best lies on it")
+    parser.add_argument("--extend", type=int, default=2, help="rates beyond the edge of the grid, where the best lies on it")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "optimizers")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -2,7 +2,8 @@
 
 Coordinates: hope_tiny's model at fixed depth and head width, 64 to 256 wide; after each of the first steps on the corpus, the root mean
 square of what has changed in the output of every block and in the logits on held-out text. A good parametrisation keeps it flat: the
-slope of log(change) over log(width) is 0. All CMS levels have the period 1, so that all of them move.
+slope of log(change) over log(width) is 0. The change is also split: with the new values of the matrices only (projections and CMS levels,
+which have the optimizer's rule and its scale by width), and with those of all other parameters only. All CMS levels have the period 1.
 
 Transfer: the training loss after a short run over a grid of `optim.lr`, at the base width and at the widest. Where the rate transfers, both
 have the same best one.
@@ -13,7 +14,7 @@ Both with `optim.base_width` on (the narrowest width) and off. Writes coordinate
 import argparse
 import math
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from hope_pt.config import RunConfig, load
 from hope_pt.data import Batch, Source, open_source
 from hope_pt.errors import DivergenceError
 from hope_pt.nn import HopeLM
+from hope_pt.optim import rule_of
 from tools.bench.common import ROOT, environment
 from tools.optimizers import common
 from tools.optimizers.common import RESULTS
@@ -78,6 +80,33 @@ def rows_of(source: Source, first: int, count: int) -> Batch:
     return Batch(*(part[:, :SEQ_LEN] for part in (batch.tokens_BT, batch.targets_BT, batch.loss_mask_BT, batch.doc_start_BT)))
 
 
+def is_matrix(name: str, parameter: torch.Tensor, config: RunConfig) -> bool:
+    """Whether a parameter has the rule `optim.name`."""
+    return rule_of(name, ndim=parameter.ndim, config=config.model, optim=config.optim).kind in ("matrix", "cms")
+
+
+PARTS: dict[str, Callable[[bool], bool]] = {
+    "all": lambda matrix: True,
+    "matrices": lambda matrix: matrix,
+    "others": lambda matrix: not matrix,
+}
+"""Which parameters have their new values, the others keeping the first ones: a function of whether they are matrices."""
+
+
+def changes_of(lm: HopeLM, first: Mapping[str, torch.Tensor], tokens_BT: torch.Tensor, config: RunConfig) -> dict[str, dict[str, float]]:
+    """Root mean square of what the weights of `lm` change beside the weights `first`, by part and place; `lm` ends with `first`."""
+    after = {name: value.clone() for name, value in lm.state_dict().items()}
+    new = {name: is_matrix(name, value, config) for name, value in after.items()}
+    lm.load_state_dict(first)
+    before, found = activations(lm, tokens_BT), {}
+    for part, is_new in PARTS.items():
+        lm.load_state_dict({name: after[name] if is_new(new[name]) else first[name] for name in after})
+        now = activations(lm, tokens_BT)
+        found[part] = {place: float((now[place] - before[place]).square().mean().sqrt()) for place in before}
+    lm.load_state_dict(first)
+    return found
+
+
 @torch.no_grad()
 def activations(lm: HopeLM, tokens_BT: torch.Tensor) -> dict[str, torch.Tensor]:
     """Outputs of the blocks and the logits."""
@@ -100,15 +129,14 @@ def run(case: Case) -> dict[str, Any]:
     config = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": SEQ_LEN})})
     plan = engine.start(config, launch=engine.Launch())
     trainer = engine.TrainEngine(config, plan)
-    before = activations(_model(trainer), probe_BT) if case.probe else {}
+    first = {name: value.clone() for name, value in _model(trainer).state_dict().items()}
     losses: list[float] = []
-    changes: list[dict[str, float]] = []
+    changes: list[dict[str, dict[str, float]]] = []
     try:
         for step in range(case.steps):
             losses.append(trainer.step(rows_of(train, step * BATCH, BATCH)).loss)
             if case.probe:
-                after = activations(_model(trainer), probe_BT)
-                changes.append({name: float((after[name] - before[name]).square().mean().sqrt()) for name in before})
+                changes.append(changes_of(_model(trainer), first, probe_BT, config))
     except DivergenceError:
         losses.append(math.inf)
     engine.stop(plan)
@@ -143,16 +171,18 @@ def transfer_cases(names: Sequence[str], widths: Sequence[int], *, steps: int, r
 
 
 def coordinates(rows: Sequence[Mapping[str, Any]], widths: Sequence[int]) -> list[dict[str, Any]]:
-    """For every optimizer, scaled and not: the changes after the last step by width, their slopes, and whether all are flat."""
+    """For every optimizer, scaled and not, and part: the changes after the last step by width, their slopes, and whether all are flat."""
     found = []
     for name in dict.fromkeys(row["optimizer"] for row in rows):
         for scaled in (False, True):
             mine = {row["width"]: row for row in rows if row["optimizer"] == name and bool(row["base_width"]) is scaled}
             base = next(row for row in rows if row["optimizer"] == name and row["width"] == widths[0])
             last = [(mine | {widths[0]: base})[width]["changes"][-1] for width in widths]
-            slopes = {place: slope(widths, [change[place] for change in last]) for place in last[0]}
-            flat = all(abs(value) <= FLAT for value in slopes.values())
-            found.append({"optimizer": name, "scaled": scaled, "changes": last, "slopes": slopes, "flat": flat})
+            for part in last[0]:
+                changes = [change[part] for change in last]
+                slopes = {place: slope(widths, [change[place] for change in changes]) for place in changes[0]}
+                flat = all(abs(value) <= FLAT for value in slopes.values())
+                found.append({"optimizer": name, "scaled": scaled, "part": part, "changes": changes, "slopes": slopes, "flat": flat})
     return found
 
 
@@ -160,10 +190,16 @@ def coordinate_table(found: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: slopes by place."""
     places = list(found[0]["slopes"])
     lines = [
-        [row["optimizer"], "on" if row["scaled"] else "off", *(f"{row['slopes'][place]:+.2f}" for place in places), _yes(row["flat"])]
+        [
+            row["optimizer"],
+            row["part"],
+            "on" if row["scaled"] else "off",
+            *(f"{row['slopes'][place]:+.2f}" for place in places),
+            "yes" if row["flat"] else "no",
+        ]
         for row in found
     ]
-    return common.markdown(["optimizer", "base_width", *(f"slope, {place}" for place in places), f"all within {FLAT}"], lines)
+    return common.markdown(["optimizer", "moved", "base_width", *(f"slope, {place}" for place in places), f"all within {FLAT}"], lines)
 
 
 def transfers(rows: Sequence[Mapping[str, Any]], widths: Sequence[int]) -> list[dict[str, Any]]:
@@ -194,20 +230,16 @@ def transfer_table(found: Sequence[Mapping[str, Any]]) -> str:
     return common.markdown(["optimizer", "width", "base_width", *(f"{rate:g}" for rate in rates), "best"], lines)
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
 def draw(axes: Sequence[Axes], found: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]], widths: Sequence[int]) -> None:
-    """Changes over width in the last block and in the logits, and loss over rate; dashed without scaling."""
-    last = [place for place in found[0]["slopes"] if place != "logits"][-1]
-    for panel, place in zip(axes, (last, "logits")):
-        for row in found:
-            values = [change[place] for change in row["changes"]]
+    """Changes of the logits over width, by all parameters and by the matrices, and loss over rate; dashed without scaling."""
+    for panel, part in zip(axes, ("all", "matrices")):
+        for row in (row for row in found if row["part"] == part):
+            values = [change["logits"] for change in row["changes"]]
             style, label = ("-", f"{row['optimizer']}, scaled") if row["scaled"] else ("--", f"{row['optimizer']}, not scaled")
             panel.loglog(widths, values, style, color=common.COLOURS[row["optimizer"]], marker="o", markersize=3, label=label)
-        panel.set(xlabel="width", ylabel="root mean square change", title=f"{place}, after the last step")
+        panel.set(xlabel="width", ylabel="root mean square change of the logits", title=f"moved: {part}")
         panel.set_xticks(widths, [str(width) for width in widths])
+        panel.minorticks_off()
     axes[0].legend(fontsize=7)
     for row in tuned:
         style = ":" if row["width"] == widths[0] else "-" if row["base_width"] else "--"

@@ -30,13 +30,13 @@ def matrix_flops(optimizer: OptimizerName, rows: int, columns: int, *, optim: Op
         times = 1 + (1 / optim.m3.slow_every if optim.m3.slow_weight else 0)
         return times * newton_schulz_flops(rows, columns, steps=optim.m3.ns_steps)
     if optimizer in ("momentum", "delta_momentum"):
-        settings = optim.momentum
-        short, long = (rows, columns) if settings.side == "right" else (columns, rows)
-        delta = 4 * short**2 * long if optimizer == "delta_momentum" and settings.delta else 0
-        return delta + (newton_schulz_flops(rows, columns, steps=5) if settings.preconditioner == "newton_schulz" else 0)
-    if optimizer == "dgd":
-        return 2 * rows * columns**2
-    return 0.0
+        short, long = sorted((rows, columns))
+        delta = 4 * short**2 * long if optimizer == "delta_momentum" and optim.momentum.delta else 0
+        return delta + (newton_schulz_flops(rows, columns, steps=5) if optim.momentum.preconditioner == "newton_schulz" else 0)
+    if optimizer == "deep_momentum":
+        output = newton_schulz_flops(rows, columns, steps=5) if optim.deep_momentum.output == "newton_schulz" else 0
+        return 6 * rows * columns * optim.deep_momentum.hidden + output
+    return 2 * rows * columns**2 if optimizer == "dgd" else 0.0
 
 
 def update_flops(shape: tuple[int, ...], view: View | None, *, optimizer: OptimizerName, optim: OptimConfig) -> float:
@@ -54,3 +54,18 @@ def update_costs(shapes: Mapping[str, tuple[int, ...]], *, config: RunConfig) ->
         for group in group_parameters(shapes, config=config.model, optim=config.optim)
         for name in group.names
     }
+
+
+def exchanged_tensors(optimizer: OptimizerName, *, optim: OptimConfig) -> float:
+    """Tensors of the parameter's size that go to the rank which does the work or come back from it, in one update on the mean."""
+    if optimizer == "muon":
+        return 2.0
+    if optimizer == "m3":
+        return 2 + optim.m3.second_moment + (1 + 2 / optim.m3.slow_every if optim.m3.slow_weight else 0)
+    if optimizer in ("momentum", "delta_momentum"):
+        delta = 3 if optimizer == "delta_momentum" and optim.momentum.delta else 0
+        return delta + (2 if optim.momentum.preconditioner == "newton_schulz" else 0)
+    if optimizer == "deep_momentum":
+        settings = optim.deep_momentum
+        return (2 if settings.hidden else 0) + (2 if settings.output == "newton_schulz" else 0)
+    return 3.0 if optimizer == "dgd" else 0.0

@@ -10,7 +10,8 @@ m micro-batches, n ranks of the axis.
 from dataclasses import dataclass
 
 from hope_pt.config.schema import RunConfig
-from hope_pt.engine.mesh import Mesh
+from hope_pt.engine.mesh import Mesh, sharding
+from hope_pt.engine.sharding import shard_axis
 from hope_pt.launch.activations import META, Share
 from hope_pt.launch.memory import core_heads, mixer_core, share_of
 from hope_pt.launch.weights import FP32, held
@@ -55,7 +56,8 @@ def tensor_parallel(config: RunConfig, mesh: Mesh, share: Share, *, stage: int) 
     head gathers forward and scatters backward. Else m 2 (n - 1) / n S (L (c + r) + [first] + [last]): one all-reduce each, backward of a
     column layer and of the head, forward of a row layer and of the embedding.
     Recomputation repeats the forward part of the blocks, but for the scatter that ends a block (where it may stop early). The loss
-    all-reduces three fp32 numbers a token; with sequence parallelism the gradients of all norms are all-reduced once a step.
+    all-reduces three fp32 numbers a token; with sequence parallelism the gradients of all norms are all-reduced once a step. `deep_rules`
+    is on this axis too.
     """
     n, levels = mesh.tensor, len(config.model.cms.periods)
     columns, rows = 1 + 2 * levels, 1 + levels
@@ -70,7 +72,24 @@ def tensor_parallel(config: RunConfig, mesh: Mesh, share: Share, *, stage: int) 
     block += repeated if config.engine.recompute == "block" else 0
     losses = 3 * 2 * FP32 * share.rows * mesh.tokens_per_rank if last else 0
     norms = sum(2 * FP32 * p.numel for p in held(config, mesh, stage=stage) if p.is_replicated) if mesh.sequence_parallel else 0
-    return (n - 1) / n * (mesh.num_microbatches * (stream * (mesh.stage_layers[stage] * block + edges) + losses) + norms)
+    activations = mesh.num_microbatches * (stream * (mesh.stage_layers[stage] * block + edges) + losses)
+    return (n - 1) / n * (activations + norms) + deep_rules(config, mesh, share, stage=stage)
+
+
+def deep_rules(config: RunConfig, mesh: Mesh, share: Share, *, stage: int) -> float:
+    """What the optimizers of whole matrices send on the tensor axis, on the mean over steps and, layer-wise, over ranks.
+
+    An update of a matrix sends (n - 1) / n of this rank's fp32 part for every tensor that goes to the rank which does the work, or comes
+    back. Deep momentum gathers the new values of its hidden layer. DGD adds up the inputs of column-parallel layers with sequence
+    parallelism, and gathers those of row-parallel ones in every forward pass but repeated ones.
+    """
+    n, parameters = mesh.tensor, held(config, mesh, stage=stage)
+    owners = mesh.data * mesh.context if sharding(config) == "layers" else 1
+    matrices = sum(FP32 * p.numel * p.exchanged / p.period + p.gathered / p.period for p in parameters) / owners
+    rows = [p for p in parameters if p.inputs and shard_axis(p.name) == 1]
+    inputs = share.rows * mesh.tokens_per_rank * share.dtype.itemsize * sum(p.columns for p in rows)
+    columns = 2 * sum(p.inputs for p in parameters if shard_axis(p.name) == 0) if mesh.sequence_parallel else 0
+    return (n - 1) / n * (matrices + columns + mesh.num_microbatches * inputs)
 
 
 def context_parallel(config: RunConfig, mesh: Mesh, share: Share, *, stage: int) -> float:
@@ -116,14 +135,17 @@ def tied_embedding(config: RunConfig, mesh: Mesh, *, stage: int) -> float:
 def data_parallel(config: RunConfig, mesh: Mesh, *, stage: int) -> tuple[float, float]:
     """(gradients, parameters) over n = data * context ranks.
 
-    fp32 gradients are all-reduced, 2 (n - 1) / n; with the distributed optimizer reduce-scattered, (n - 1) / n, and the weights gathered,
-    (n - 1) / n. megatron's padding of its buffers is left out.
+    fp32 gradients are all-reduced, 2 (n - 1) / n, and so are DGD's sums of layer inputs. With the distributed optimizer gradients are
+    reduce-scattered, (n - 1) / n, and the weights gathered, (n - 1) / n; megatron's padding of its buffers is left out. Layer-wise,
+    gradients are all-reduced and the weights that an update has changed are broadcast: (n - 1) / n on the mean over ranks and steps.
     """
     n = mesh.data * mesh.context
-    parameters = held(config, mesh, stage=stage)
-    gradients = FP32 * sum(p.numel for p in parameters) * (n - 1) / n
-    if not config.engine.distributed_optimizer:
+    parameters, how = held(config, mesh, stage=stage), sharding(config)
+    gradients = sum(FP32 * p.numel + p.inputs for p in parameters) * (n - 1) / n
+    if how == "none":
         return 2 * gradients, 0.0
+    if how == "layers":
+        return 2 * gradients, sum(p.numel * p.width / p.period for p in parameters) * (n - 1) / n
     return gradients, sum(p.numel * p.width for p in parameters) * (n - 1) / n
 
 

@@ -10,8 +10,8 @@ A pass of one micro-batch through one pipeline stage takes
 where the core is what `activations.core` traced. The chunked scans run in fp32, kernel by kernel, without a chain. In the fused kernels
 every memory is written by one program, tile after tile: forward, again in the replay, and backward. The step takes
 (m + (p - 1) / v) passes of the slowest stage (m micro-batches, p stages, v pieces a stage: the bubble), plus what of the gradient
-reduction and the parameter gather is not hidden behind one backward and one forward pass, plus the optimizer's memory traffic. With
-context_mode = "state" the cores of a layer run one rank after the other.
+reduction and the parameter gather is not hidden behind one backward and one forward pass, plus the optimizer: its memory traffic, and the
+matrix products of its rules. With context_mode = "state" the cores of a layer run one rank after the other.
 """
 
 import functools
@@ -26,7 +26,7 @@ from hope_pt.launch.communication import sent
 from hope_pt.launch.gpus import GPU
 from hope_pt.launch.kernels import planned_model, scans
 from hope_pt.launch.memory import share_of
-from hope_pt.launch.weights import weight_bytes
+from hope_pt.launch.weights import owned, weight_bytes
 from hope_pt.nn import flops_per_token
 
 
@@ -84,8 +84,7 @@ def step_time(config: RunConfig, mesh: Mesh, gpu: GPU, *, documents: int = 1, as
     micro = mesh.num_microbatches
     bubble = (mesh.pipeline - 1) / mesh.virtual * (compute + communication)
     exposed = _exposed_s(config, mesh, gpu, assumed, one_pass=compute)
-    weights = weight_bytes(config, mesh, stage=0)
-    optimizer = (2 * (weights.optimizer + weights.accumulated) + weights.gradients + weights.weights) / (gpu.bandwidth * assumed.memory)
+    optimizer = optimizer_s(config, mesh, gpu, assumed=assumed)
     total = micro * (compute + communication) + bubble + exposed + optimizer
     tokens = config.train.global_batch_size * config.data.seq_len
     flops = _flops(config.model, mesh.tokens_per_rank * mesh.context)
@@ -100,6 +99,17 @@ def step_time(config: RunConfig, mesh: Mesh, gpu: GPU, *, documents: int = 1, as
         tokens_per_s=tokens / total,
         model_flops_share=useful * tokens / total / mesh.world_size / gpu.bf16,
     )
+
+
+def optimizer_s(config: RunConfig, mesh: Mesh, gpu: GPU, *, assumed: Assumptions = ASSUMED) -> float:
+    """Seconds of the update itself: its memory traffic, and the matrix products of the rank with the most, divided over the tensor axis.
+
+    On the mean over steps: a level of period n has its products in every n-th.
+    """
+    weights = weight_bytes(config, mesh, stage=0)
+    traffic = 2 * (weights.optimizer + weights.accumulated) + weights.gradients + weights.weights
+    products = max(sum(p.flops / p.period for p in own) for own in owned(config, mesh, stage=0)) / mesh.tensor
+    return traffic / (gpu.bandwidth * assumed.memory) + products / (gpu.bf16 * assumed.products)
 
 
 @functools.cache

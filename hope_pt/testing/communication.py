@@ -75,7 +75,7 @@ class CommunicationCounter(TorchDispatchMode):
         size = sum(leaf.nbytes for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor))
         kind = self._kinds.get(group.group_name, "other")
         if kind == "data":
-            kind = "parameters" if "allgather" in name else "gradients"
+            kind = "parameters" if "allgather" in name or name == "broadcast_" else "gradients"
         if kind == "other" and name == "send":
             kind = "pipeline"  # between two stages megatron sends one way in the group of all ranks
         self.sent[kind] += round(_SHARE[name](size, group.size()))

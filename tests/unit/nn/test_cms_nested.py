@@ -170,3 +170,17 @@ def test_groups_without_restart_are_the_inner_optimizers():
         advance(theirs, twin, call)
     assert all(torch.equal(p, q) for p, q in zip(params, twin, strict=True))
     assert ours.state_dict()["state"].keys() == theirs.state_dict()["state"].keys()
+
+
+def test_the_sum_of_an_interval_is_a_copy():
+    """megatron hands out views of one gradient buffer, which it zeroes before the next step."""
+    (param,) = params_of()[:1]
+    start = param.detach().clone()
+    optimizer = Clocked(Nested(torch.optim.SGD([{"params": [param], "period": 1, "restart": 2}], lr=LR)))
+    buffer = torch.zeros_like(start)
+    for _ in range(2):
+        buffer.fill_(1.0)
+        param.grad = buffer
+        optimizer.step()
+        buffer.zero_()
+    torch.testing.assert_close(param.detach(), start - LR * 2, rtol=1e-12, atol=0)

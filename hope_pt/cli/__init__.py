@@ -1,4 +1,4 @@
-"""The `hope` command: `train`, `eval`, `generate`, `stack`, `report`, `summary`, `estimate`, `doctor`, `config`.
+"""The `hope` command: `train`, `eval`, `generate`, `stack`, `memory`, `report`, `summary`, `estimate`, `doctor`, `config`.
 
 This file parses arguments and turns exceptions into exit codes; each command is a module that is imported when it runs, so that
 `hope --help` answers at once. Exit codes: 0 done; 2 the user's error, one line on standard error; 1 our bug, with its traceback;
@@ -78,10 +78,14 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--step", type=int, help="this checkpoint instead of the newest")
     evaluate.add_argument("--data", metavar="DIR", help="another directory of shards, same tokenizer")
     evaluate.add_argument("--sequences", type=int, help="held-out sequences (default: eval.sequences)")
+    evaluate.add_argument("--documents", type=int, default=0, metavar="N", help="also read N long held-out documents, each in one go")
+    evaluate.add_argument("--document-tokens", type=int, default=4096, metavar="T", help="of them at most T tokens (default 4096)")
+    _add_clock(evaluate)
     evaluate.set_defaults(module="evaluate")
 
     _add_generate(commands)
     _add_stack(commands)
+    _add_memory(commands)
     _add_costs(commands)
 
     report = commands.add_parser("report", help="write RUN/report.html: curves, evaluations, memory heat maps, samples")
@@ -120,7 +124,14 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     generate.add_argument("--step", type=int, help="this checkpoint instead of the newest")
     generate.add_argument("--save-memory", metavar="FILE", help="write the model's memory after the last token here")
     generate.add_argument("--load-memory", metavar="FILE", help="begin with the memory that --save-memory wrote")
+    generate.add_argument("--freeze", action="store_true", help="keep the levels as a token clock left them in the loaded memory")
+    _add_clock(generate)
     generate.set_defaults(module="generate")
+
+
+def _add_clock(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--token-clock", metavar="C,C,...", help="tokens after which every CMS level learns from what it read, 0: never")
+    command.add_argument("--token-lr", metavar="LR,LR,...", help="learning rates of the levels for it; one number is for all")
 
 
 def _add_stack(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -131,6 +142,21 @@ def _add_stack(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     stack.add_argument("--out", required=True, metavar="DIR", help="new directory: start.toml for `hope train`, and the weights")
     stack.add_argument("--step", type=int, help="this checkpoint instead of the newest")
     stack.set_defaults(module="stack")
+
+
+def _add_memory(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    memory = commands.add_parser("memory", help="what a run or a memory file has changed, and what it is worth")
+    actions = memory.add_subparsers(required=True, metavar="ACTION")
+    audit = actions.add_parser("audit", help="changes, the loss with each undone, and for a run the tokens that drove them")
+    audit.add_argument("path", metavar="RUN|STATE", help="run directory, or a file that `hope generate --save-memory` wrote")
+    audit.add_argument("--step", type=int, help="this checkpoint instead of the newest")
+    audit.add_argument("--since", type=int, metavar="STEP", help="RUN: changes since this checkpoint, not since the start")
+    audit.add_argument("--sequences", type=int, metavar="N", help="RUN: held-out sequences, and training sequences per update (default 32)")
+    audit.add_argument("--top", type=int, metavar="K", help="RUN: updates per level, and sequences per update (default 3)")
+    audit.add_argument("--against", metavar="RUN", help="STATE: the run whose model wrote the file")
+    audit.add_argument("--text", help="STATE: text whose loss is measured after what the memory has read")
+    audit.add_argument("--json", action="store_true", help="for programs")
+    audit.set_defaults(module="memory")
 
 
 def _add_costs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -131,7 +131,8 @@ class Measures:
         if found:
             bad, elements = sums[:, 2:4].sum(0).tolist()
             found |= {"optim/nonfinite_share": bad / elements, "optim/skipped_share": self.skipped / call} | self._counts(call)
-        return found
+        # The last bits of a sum depend on where its operands lie in memory, and a continued session must report the same.
+        return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in found.items()}
 
     def _tick(self, call: int, *, skipped: bool) -> set[int]:
         """Advance the clocks; the periods whose rows have an update at this call."""
@@ -157,7 +158,6 @@ class Measures:
     def _row(self, row: str, values: Tensor, *, call: int) -> dict[str, float]:
         """What one row reports; the sketch of its update is kept where the next one is reported."""
         step, weight = values[0].item(), values[1].item()
-        # Sums over memory of another alignment can differ in the last bit, and a continued session must report the same.
         update, now = (value.clone() for value in values[_SUMS:].float().view(2, BUCKETS))
         before, last = self._last.get(row, (0, update))
         self._last.pop(row, None)
@@ -188,17 +188,19 @@ class Measures:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a later session needs, the same on every rank: tensors [rows, BUCKETS] and JSON-able scalars."""
         rows = [row for row in self.periods if row in self._start]
-        last = {row: call for row, (call, _) in self._last.items()}
-        tensors = {"start": [self._start[row] for row in rows], "last": [self._last[row][1] for row in last]}
+        # A list: JSON files may sort the keys of a dictionary, and the tensors have an order.
+        last = [[row, call] for row, (call, _) in self._last.items()]
+        tensors = {"start": [self._start[row] for row in rows], "last": [value for _, value in self._last.values()]}
         clocks = {str(period): [clock.updates, clock.last, clock.fed] for period, clock in self._clocks.items()}
         scalars = {"start": rows, "last": last, "clocks": clocks, "skipped": self.skipped}
         return {name: torch.stack(found) for name, found in tensors.items() if found}, scalars
 
     def load(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
-        last = _rows(scalars["last"], tensors["last"].cpu()) if scalars["last"] else {}
+        calls = dict(scalars["last"])
+        last = _rows(calls, tensors["last"].cpu()) if calls else {}
         self._start = _rows(scalars["start"], tensors["start"].cpu()) if scalars["start"] else {}
-        self._last = {row: (scalars["last"][row], value) for row, value in last.items()}
+        self._last = {row: (calls[row], value) for row, value in last.items()}
         for period, (updates, last, fed) in scalars["clocks"].items():
             self._clocks[int(period)] = _Clock(updates, last, fed)
         self.skipped = scalars["skipped"]

@@ -1,9 +1,11 @@
 """Measured values against the weights themselves, sketches of parts against those of the whole, and a session that is continued.
 
-Norms are exact (fp64 sums). The errors of sketches are random with a known standard deviation; EXPECTED of them bounds every comparison.
+Norms are exact (fp64 sums, six digits are reported). The errors of sketches are random with a known standard deviation; EXPECTED of them
+bounds every comparison.
 """
 
 import copy
+import json
 import math
 from typing import get_args
 
@@ -91,8 +93,8 @@ def test_every_value_is_what_the_weights_say():
                 continue
             before, after = flat(history[call - period], row), flat(history[call], row)
             moved, start = after - before, flat(history[0], row)
-            assert line[f"optim/{row}/update_norm"] == pytest.approx(moved.norm().item(), rel=1e-6)
-            assert line[f"optim/{row}/update_ratio"] == pytest.approx((moved.norm() / before.norm()).item(), rel=1e-6)
+            assert line[f"optim/{row}/update_norm"] == pytest.approx(moved.norm().item(), rel=6e-6)
+            assert line[f"optim/{row}/update_ratio"] == pytest.approx((moved.norm() / before.norm()).item(), rel=6e-6)
             drift = ((after - start).norm() / start.norm()).item()
             # Both norms of the ratio come from sketches.
             assert line[f"optim/{row}/drift"] == pytest.approx(drift, rel=EXPECTED * math.sqrt(2 / (2 * BUCKETS)))
@@ -126,7 +128,7 @@ def test_a_skipped_step_is_no_update_and_leaves_a_gap():
     watched, weights = made(every=1)
     lines = {number: step(watched, weights, number, skip=number in (2, 4, 5, 6))[0] for number in range(1, 10)}
     assert lines[2] == {} and lines[6] == {}, "a step without any update reports nothing"
-    assert lines[3]["optim/level0/updates"] == 2 and lines[3]["optim/skipped_share"] == pytest.approx(1 / 3)
+    assert lines[3]["optim/level0/updates"] == 2 and lines[3]["optim/skipped_share"] == pytest.approx(1 / 3, rel=1e-5)
     assert "optim/matrix/cosine" not in lines[3] and "optim/matrix/cosine" in lines[9]
     assert lines[7]["optim/level1/updates"] == 1 and lines[7]["optim/level1/since"] == 4
     assert "optim/level1/block0/cosine" not in lines[9], "the interval before had no gradient"
@@ -139,7 +141,8 @@ def test_a_continued_session_reports_the_same_bits():
             step(watched, weights, number)
         other, twins = made(every=2, seed=1)
         other.inner.load_state_dict(copy.deepcopy(watched.inner.state_dict()))
-        other.measures.load(*watched.measures.state())
+        tensors, scalars = watched.measures.state()
+        other.measures.load(tensors, json.loads(json.dumps(scalars, sort_keys=True)))
         for name, twin in twins.items():
             twin.data.copy_(weights[name].data)
         for number in range(stop + 1, 11):

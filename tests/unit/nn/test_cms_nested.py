@@ -178,9 +178,9 @@ def test_the_sum_of_an_interval_is_a_copy():
     start = param.detach().clone()
     optimizer = Clocked(Nested(torch.optim.SGD([{"params": [param], "period": 1, "restart": 2}], lr=LR)))
     buffer = torch.zeros_like(start)
-    for _ in range(2):
-        buffer.fill_(1.0)
+    for value in (1.0, 3.0):
+        buffer.fill_(value)
         param.grad = buffer
         optimizer.step()
         buffer.zero_()
-    torch.testing.assert_close(param.detach(), start - LR * 2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(param.detach(), start - LR * 4, rtol=1e-12, atol=0)

@@ -14,22 +14,22 @@ from hope_pt.nn.titans import TitansCore
 
 
 @torch.no_grad()
-def diagnostics(model: HopeLM, tokens_BT: torch.Tensor, *, targets_BT: torch.Tensor) -> dict[str, float]:
+def diagnostics(model: HopeLM, tokens_BT: torch.Tensor, *, targets_BT: torch.Tensor | None = None) -> dict[str, float]:
     """Metrics of M_mem for tokens and targets [B, T], read as fresh documents; {} for a model without memories.
 
     memory/layer{i}/eta_mean, alpha_mean: the gates. surprise, surprise_p95: norm of the error at the anchors. norm_ratio: |W_T| / |W_0|
     at the end, norm_ratio_max the largest at any chunk end. drift: |W_T - W_0| / |W_0|. memory/token_loss, token_loss_p95: nats of the
-    targets; those that are no token, such as -100, do not count.
+    targets, where they are given; those that are no token, such as -100, do not count.
     """
     metrics: dict[str, float] = {}
-    if not any(isinstance(block.mixer.core, TitansCore) for block in model.blocks):
-        return metrics
     x = model.embedding(tokens_BT)
     for index, block in enumerate(model.blocks):
         if isinstance(block.mixer.core, TitansCore):
             found = _core_diagnostics(block.mixer.core, block.mixer.project(block.norm(x)))
             metrics |= {f"memory/layer{index}/{name}": value for name, value in found.items()}
         x, _ = block(x)
+    if targets_BT is None or not metrics:
+        return metrics
     losses = model.token_losses(tokens_BT, targets_BT)[targets_BT >= 0]
     return metrics | {"memory/token_loss": losses.mean().item(), "memory/token_loss_p95": _p95(losses)}
 

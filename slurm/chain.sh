@@ -5,7 +5,7 @@
 # restarted, the link that finds out cancels those that wait. To cancel the run: scancel --name=CHAIN (printed).
 set -euo pipefail
 
-[ $# -ge 2 ] && [[ $1 =~ ^[1-9][0-9]*$ ]] || { echo "hope: usage: slurm/chain.sh N [options of sbatch] SCRIPT [key=value ...]" >&2; exit 2; }
+[[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || { echo "hope: usage: slurm/chain.sh N [options of sbatch] SCRIPT [key=value ...]" >&2; exit 2; }
 links=$1
 shift
 HOPE_CHAIN=hope-chain-${HOPE_RUN:-run}-$(date +%Y%m%d-%H%M%S)-$$

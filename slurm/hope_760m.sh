@@ -14,8 +14,8 @@
 #SBATCH --output=%x-%j.log
 
 here=$(dirname "${BASH_SOURCE[0]}")
-# sbatch runs a copy of this file; the job's record says where the original lies.
-[ -e "$here/lib/run.sh" ] || here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\.sh\).*/\1/p')")
+# sbatch runs a copy of this file; the job's record says where the original lies (the last job of an array has the records of all).
+[ -e "$here/lib/run.sh" ] || here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\.sh\).*/\1/p' | head -1)")
 # shellcheck source=lib/run.sh
 . "$here/lib/run.sh" || exit 2
 hope_job configs/hope_760m.toml "$@"

@@ -4,7 +4,7 @@
 #   RUN/slurm/owner      id of the job that may write the run; taken over only when Slurm says that this job is gone
 #   RUN/slurm/attempts   one line each: `start N job=ID.RESTART step=S` and `end N job=ID.RESTART step=S from=S rc=C action=WORD`
 #
-# S is the last committed step. HOPE_RUN_DIR is set; HOPE_LINEAGE is what belongs together: one job with its requeues, or one chain.
+# S is the last committed step. HOPE_RUN_DIR and HOPE_JOB are set; HOPE_LINEAGE is what belongs together: one job with its requeues, or one chain.
 
 # Last committed step of the run, 0 before the first.
 hope_committed() {
@@ -15,22 +15,22 @@ hope_committed() {
 
 # Makes this job the run's owner; fails, naming the other, if a job that still exists has it. A hard link appears whole or not at all.
 hope_own() {
-  local owner=$HOPE_RUN_DIR/slurm/owner mine=$HOPE_RUN_DIR/slurm/.owner-$SLURM_JOB_ID other
+  local owner=$HOPE_RUN_DIR/slurm/owner mine=$HOPE_RUN_DIR/slurm/.owner-$HOPE_JOB other
   for _ in 1 2 3; do
-    echo "$SLURM_JOB_ID" > "$mine" || return 1
+    echo "$HOPE_JOB" > "$mine" || return 1
     if ln "$mine" "$owner" 2> /dev/null; then
       rm -f "$mine"
       return 0
     fi
     rm -f "$mine"
     other=$(cat "$owner" 2> /dev/null)
-    [ "$other" = "$SLURM_JOB_ID" ] && return 0
+    [ "$other" = "$HOPE_JOB" ] && return 0
     if [ -n "$other" ] && hope_job_exists "$other"; then
       echo "hope: run $HOPE_RUN belongs to job $other, which still exists; wait for it, cancel it, or give this run another name" >&2
       return 1
     fi
     # Of two jobs that find a dead owner one renames the file; the other finds a new one when it looks again.
-    mv "$owner" "$owner.gone-$SLURM_JOB_ID" 2> /dev/null && rm -f "$owner.gone-$SLURM_JOB_ID"
+    mv "$owner" "$owner.gone-$HOPE_JOB" 2> /dev/null && rm -f "$owner.gone-$HOPE_JOB"
   done
   echo "hope: cannot take $owner; another job is taking this run at the same moment" >&2
   return 1
@@ -44,7 +44,7 @@ hope_job_exists() {
 }
 
 hope_disown() {
-  [ "$(cat "$HOPE_RUN_DIR/slurm/owner" 2> /dev/null)" != "$SLURM_JOB_ID" ] || rm -f "$HOPE_RUN_DIR/slurm/owner"
+  [ "$(cat "$HOPE_RUN_DIR/slurm/owner" 2> /dev/null)" != "$HOPE_JOB" ] || rm -f "$HOPE_RUN_DIR/slurm/owner"
 }
 
 # hope_record start|end [more ...]: appends a line about HOPE_ATTEMPT.

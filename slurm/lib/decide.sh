@@ -6,7 +6,8 @@
 # RC: of srun, which mixes the codes of its tasks: after one task has failed the others are killed, and srun may report theirs.
 # VERDICT: the first exit code 2 (a person's mistake) or 93 (do not restart) of any task, written by lib/task.sh; empty: none.
 # STATE, REASON: of status.json, which belongs to this attempt because it is removed before; empty: never written.
-# JOB_STATE: what Slurm says. Anything but RUNNING means that somebody else, a person or the scheduler, has decided about this job.
+# JOB_STATE: what Slurm says, and PREEMPTED for a running job that must make room. Anything but these two means that somebody else, a
+# person or the scheduler, has decided about this job.
 # FRUITLESS: attempts of this job in a row, this one included, that ended at the same committed step (lib/attempts.sh).
 
 HOPE_MAX_FRUITLESS=${HOPE_MAX_FRUITLESS:-3}
@@ -15,14 +16,17 @@ hope_decide() {
   local rc=$1 verdict=$2 state=$3 reason=$4 job_state=$5 fruitless=$6
   if [ "$state" = "done" ] || { [ "$rc" = 0 ] && [ "$state" != stopped ]; }; then
     echo "done"
+  elif [ "$job_state" = PREEMPTED ]; then
+    # A script that ends before the grace time is over has ended the job: Slurm requeues only what it had to kill.
+    echo requeue
   elif [ "$job_state" != RUNNING ]; then
     echo leave
   elif [ "$verdict" = 2 ]; then
     echo user
   elif [ "$verdict" = 93 ] || [ "$state" = diverged ]; then
     echo never
-  elif [ "$state" = stopped ] && [ "$reason" != usr1 ]; then
-    # SIGTERM is Slurm's way to say that it will requeue or end the job itself; STOP is a person's.
+  elif [ "$state" = stopped ] && [ "$rc" = 0 ] && [ "$reason" != usr1 ]; then
+    # SIGTERM and a STOP file are a person's wish. With another code one rank has failed: then srun sends SIGTERM to the others.
     echo stopped
   elif [ "$fruitless" -ge "$HOPE_MAX_FRUITLESS" ]; then
     echo give-up

@@ -9,8 +9,11 @@
 
 HOPE_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export HOPE_ROOT
+# shellcheck source=env.sh
 . "$HOPE_ROOT/slurm/lib/env.sh"
+# shellcheck source=attempts.sh
 . "$HOPE_ROOT/slurm/lib/attempts.sh"
+# shellcheck source=decide.sh
 . "$HOPE_ROOT/slurm/lib/decide.sh"
 
 hope_job() {
@@ -23,7 +26,10 @@ hope_job() {
     echo "hope: this is no Slurm job; submit it with sbatch, or look at it with --dry-run" >&2
     exit 2
   fi
-  export HOPE_LINEAGE=${HOPE_LINEAGE:-$SLURM_JOB_ID}
+  # The last job of an array has the id of the whole array: what is said of that id is said of all.
+  HOPE_JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  export HOPE_JOB=${HOPE_JOB:-$SLURM_JOB_ID}
+  export HOPE_LINEAGE=${HOPE_LINEAGE:-$HOPE_JOB}
   mkdir -p "$HOPE_RUN_DIR/slurm" "$HOPE_RUN_DIR/logs" || exit 2
   wanted='' step_pid=''
   trap 'hope_signal USR1' USR1
@@ -31,12 +37,12 @@ hope_job() {
   hope_own || exit 2
   HOPE_ATTEMPT=$(hope_next_attempt) HOPE_FROM=$(hope_committed)
   export HOPE_ATTEMPT HOPE_FROM
-  hope_record start nodes="${SLURM_JOB_NODELIST:-?}"
+  hope_record start "nodes=${SLURM_JOB_NODELIST:-?} ranks=${SLURM_NTASKS:-?} gpu=${HOPE_GPU:-?}"
   # What the last attempt left must not decide about this one.
   rm -f "$HOPE_RUN_DIR/status.json" "$HOPE_RUN_DIR/slurm/verdict" "$HOPE_RUN_DIR/slurm/bad-node"
   hope_defaults
   hope_address || hope_finish 1
-  echo "hope: run $HOPE_RUN, attempt $HOPE_ATTEMPT from step $HOPE_FROM, job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, rank 0 at $MASTER_ADDR:$MASTER_PORT"
+  echo "hope: run $HOPE_RUN, attempt $HOPE_ATTEMPT from step $HOPE_FROM, job $HOPE_JOB on $SLURM_JOB_NODELIST, rank 0 at $MASTER_ADDR:$MASTER_PORT"
   hope_preflight
   hope_step "$HOPE_ROOT/slurm/lib/task.sh" "$(hope_program)" train "$config" "${overrides[@]}" "name=$HOPE_RUN" "out=$out" || hope_finish 2
   hope_wait "${step[@]}"
@@ -110,7 +116,7 @@ hope_preflight() {
   bad=$(sort -u "$HOPE_RUN_DIR/slurm/bad-node" 2> /dev/null | paste -sd,)
   [ "$rc" != 0 ] || return 0
   [ -n "$bad" ] || hope_finish "$rc"
-  exclusions=$(grep -c "^end .* job=$SLURM_JOB_ID\\..* action=exclude " "$HOPE_RUN_DIR/slurm/attempts")
+  exclusions=$(grep -c "^end .* job=$HOPE_LINEAGE\\..* action=exclude " "$HOPE_RUN_DIR/slurm/attempts")
   if [ "$exclusions" -ge 2 ] || [ "${HOPE_REQUEUE:-1}" = 0 ] || [ "$(hope_job_state)" != RUNNING ]; then
     echo "hope: bad nodes $bad, see above; this job leaves out nodes at most twice. Submit it again with --exclude=$bad"
     echo 93 > "$HOPE_RUN_DIR/slurm/verdict"
@@ -126,13 +132,13 @@ hope_preflight() {
 # KillWait seconds after a SIGTERM, and the nodes of a job cannot be changed before it is requeued.
 hope_requeue() {
   local excluded more
-  excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=//p')
+  excluded=$(scontrol show job "$HOPE_JOB" | sed -n 's/.* ExcNodeList=//p')
   [ "$excluded" != "(null)" ] || excluded=
-  scontrol requeue "$SLURM_JOB_ID" || return 1
+  scontrol requeue "$HOPE_JOB" || return 1
   if [ -n "${1:-}" ]; then
     more=$excluded${excluded:+,}$1
     for _ in 1 2 3 4 5 6 7 8 9 10; do
-      scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$more" 2> /dev/null && break
+      scontrol update "JobId=$HOPE_JOB" "ExcNodeList=$more" 2> /dev/null && break
       sleep 0.3
     done
   fi
@@ -141,7 +147,13 @@ hope_requeue() {
 }
 
 hope_job_state() {
-  scontrol show job "$SLURM_JOB_ID" 2> /dev/null | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p'
+  local said state
+  said=$(scontrol show job "$HOPE_JOB" 2> /dev/null)
+  state=$(sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p' <<< "$said")
+  if [ "$state" = RUNNING ] && grep -q ' PreemptTime=[0-9]' <<< "$said"; then
+    state=PREEMPTED
+  fi
+  echo "$state"
 }
 
 # One string value of status.json, which may be missing.

@@ -2,7 +2,8 @@
 """A stand-in for `hope` on a virtual cluster: the protocol between trainer and batch script without torch, a start in 0.1 s.
 
 `trainer.py train CONFIG key=value ...`, one process a rank. Rank 0 counts steps, commits `checkpoints/step-N`, and writes status.json as
-the trainer does. FAKE_* variables make it misbehave. The signals are agreed through a file in place of an all-reduce.
+the trainer does. FAKE_* variables make it misbehave. Files take the place of the all-reduce that agrees on a signal: a rank that is missing
+breaks it.
 """
 
 import json
@@ -36,6 +37,17 @@ def commit(step):
         (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
 
 
+def together(what, seconds):
+    """Whether all ranks come here within some seconds."""
+    (run / "slurm" / f"{what}-{attempt}-{rank}").touch()
+    end = time.monotonic() + seconds
+    while len(list((run / "slurm").glob(f"{what}-{attempt}-*"))) < int(os.environ["SLURM_NTASKS"]):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def committed():
     return max((int(path.name[5:]) for path in run.glob("checkpoints/step-*")), default=0)
 
@@ -56,11 +68,15 @@ def main():
     if os.environ.get("FAKE_AGREES", "1") == "1":
         signal.signal(signal.SIGUSR1, flag)
         signal.signal(signal.SIGTERM, flag)
+    if not together("joined", 20):
+        return 1
     first = committed()
     status("running", first)
     for step in range(first + 1, steps + 1):
         time.sleep(period)
         if received:
+            if not together("agreed", 2):
+                return 1
             commit(step)
             status("stopped", step, reason=received[0], checkpoint=step)
             return 0

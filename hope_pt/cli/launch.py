@@ -1,0 +1,229 @@
+"""`hope launch plan | dry-run | submit | status | watch | cancel | sweep | eval | data | preflight`: the cluster, from a login node."""
+
+import argparse
+import json
+import os
+import shlex
+import time
+from pathlib import Path
+
+from hope_pt import config as configs
+from hope_pt.config.schema import RunConfig
+from hope_pt.errors import ConfigError, HopeError
+from hope_pt.launch.cluster import SCRIPTS, read_cluster
+from hope_pt.launch.render import Job, make_job
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs one action."""
+    actions = {
+        "plan": _plan,
+        "dry-run": _dry_run,
+        "submit": _submit,
+        "status": _status,
+        "watch": _watch,
+        "cancel": _cancel,
+        "sweep": _sweep,
+        "eval": _tasks,
+        "data": _tasks,
+    }
+    actions[arguments.action](arguments)
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    cluster = read_cluster(arguments.cluster or os.environ.get("HOPE_CLUSTER", ""), os.environ)
+    return make_job(
+        Path(arguments.script), config=arguments.config, options=_options(arguments), arguments=arguments.overrides, cluster=cluster
+    )
+
+
+def _options(arguments: argparse.Namespace) -> list[str]:
+    """Options of sbatch from ours; a number of tasks is a number of GPUs."""
+    given = [(f"--{name}", getattr(arguments, name)) for name in ("nodes", "time", "partition")]
+    tasks = arguments.tasks_per_node
+    given += [("--ntasks-per-node", tasks), ("--gres", tasks and f"gpu:{tasks}")]
+    return [f"{name}={value}" for name, value in given if value] + [word for text in arguments.sbatch for word in shlex.split(text)]
+
+
+def _checked(arguments: argparse.Namespace) -> tuple[Job, RunConfig]:
+    """Prints the findings; raises ConfigError with all violations, one a line before it."""
+    from hope_pt.launch.checks import check_job
+
+    job = _job(arguments)
+    settings, findings = check_job(job)
+    if settings is not None:
+        _show(job, settings)
+    for warning in findings.warnings:
+        print(f"warning: {warning}")
+    print(f"scheduler: {findings.verdict}")
+    for violation in findings.violations:
+        print(f"violation: {' '.join(violation.split())}")
+    if findings.violations or settings is None:
+        raise ConfigError(f"{len(findings.violations)} violation(s), see above; nothing was submitted")
+    return job, settings
+
+
+def _show(job: Job, settings: RunConfig) -> None:
+    from hope_pt.cli.tables import size
+    from hope_pt.launch.needs import disk_need
+    from hope_pt.launch.render import srun_line
+    from hope_pt.launch.submit import submission
+
+    print(configs.to_toml(settings))
+    print(f"config hash: {configs.config_hash(settings)}")
+    tokens = settings.train.global_batch_size * settings.data.seq_len
+    print(f"steps: {settings.train.steps:,} of {tokens:,} tokens, {settings.train.steps * tokens / 1e9:,.2f} billion in all")
+    try:
+        _show_layout(job, settings)
+        need = disk_need(settings)
+        print(f"disk: {size(need.checkpoint)} a checkpoint, {size(need.working)} at one time, {size(need.whole_run)} for the whole run")
+        command, environment = submission(job, run=settings.name, out=settings.out)
+        print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command]))
+        place = [
+            *(one for one in job.arguments if one.partition("=")[0] not in ("name", "out")),
+            f"name={settings.name}",
+            f"out={settings.out}",
+        ]
+        print(srun_line(job, arguments=[job.config, *place]))
+    except HopeError:
+        # Each of these has its own check, which tells the reason.
+        pass
+
+
+def _show_layout(job: Job, settings: RunConfig) -> None:
+    from hope_pt.cli.tables import size
+    from hope_pt.engine.mesh import check_mesh
+    from hope_pt.launch.search import fullest_rank
+
+    mesh = check_mesh(settings, world_size=job.world_size)
+    print(f"world: {job.nodes} nodes * {job.tasks_per_node} tasks = {job.world_size} ranks: {mesh.describe()}")
+    print(f"memory: {size(fullest_rank(settings, mesh).total)} on the fullest rank, by the planner")
+
+
+def _dry_run(arguments: argparse.Namespace) -> None:
+    _checked(arguments)
+    print("no violation; `hope launch submit` with the same arguments submits it")
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    from hope_pt.launch.submit import submit
+
+    job, settings = _checked(arguments)
+    number = submit(job, run=settings.name, out=settings.out)
+    print(f"job {number}; next: hope launch watch {Path(settings.out) / settings.name}")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from hope_pt.cli.tables import size, table
+    from hope_pt.launch.checks import resolve
+    from hope_pt.launch.gpus import gpu_of
+    from hope_pt.launch.search import search
+
+    job = _job(arguments)
+    settings, gpu = resolve(job), gpu_of(job.cluster.gpu)
+    found = search(settings, world_size=job.world_size, gpu=gpu)
+    if not found:
+        raise ConfigError(f"no layout of {settings.name} fits {job.world_size} x {gpu.name}; give more GPUs, or larger ones")
+    rows = []
+    for one in found[:5]:
+        days = one.time.total * settings.train.steps / 86400
+        rows.append((one.mesh.describe(), f"{one.engine.micro_batch_size}", one.engine.recompute, size(one.fullest.total), f"{days:.1f}"))
+    title = f"{settings.name} on {job.nodes} nodes of {job.tasks_per_node} x {gpu.name}; days by a model that no GPU has confirmed"
+    Console().print(table(title, "layout", "rows", "recompute", "fullest rank", "days", rows=rows))
+    best = settings.model_copy(update={"engine": found[0].engine})
+    changes = [line.partition(": ") for line in configs.diff(settings, best)]
+    words = [f"{key}={change.rpartition(' -> ')[2].strip(chr(34))}" for key, _, change in changes]
+    print(f"the fastest: {shlex.join([*job.sbatch(), *words])}")
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    found = _read_status(arguments)
+    print(json.dumps(found.as_dict(), indent=1) if arguments.json else _lines(found))
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    while True:
+        found = _read_status(arguments)
+        print(json.dumps(found.as_dict()) if arguments.json else _lines(found), flush=True)
+        if arguments.once or found.state == "done":
+            break
+        time.sleep(arguments.every)
+    if found.problem:
+        raise HopeError(f"{found.name}: {found.problem}")
+
+
+def _read_status(arguments: argparse.Namespace):
+    from hope_pt.launch.rate import flops_rate
+    from hope_pt.launch.watch import run_status
+
+    path = Path(arguments.run)
+    return run_status(path, stall_s=arguments.stall, flops_rate=flops_rate(path))
+
+
+def _lines(found) -> str:
+    def shown(value: float | None, form: str) -> str:
+        return "unknown" if value is None else format(value, form)
+
+    left = "unknown" if found.eta_s is None else f"{int(found.eta_s // 3600)}:{int(found.eta_s % 3600 // 60):02d} h"
+    lines = [
+        f"{found.name}: {found.state}, step {found.step} of {found.num_steps or 'unknown'}, {found.job or 'no job'}",
+        f"  loss {shown(found.loss, '.4f')}, {shown(found.tokens_per_s, ',.0f')} tokens/s, MFU {shown(found.mfu, '.1%')}, time left {left}",
+        f"  last checkpoint: step {found.checkpoint}; restarts: {found.restarts}; last sign of life {shown(found.silent_s, '.0f')} s ago",
+    ]
+    return "\n".join(
+        [*lines, *([f"  message: {found.message}"] if found.message else []), *([f"  PROBLEM: {found.problem}"] if found.problem else [])]
+    )
+
+
+def _cancel(arguments: argparse.Namespace) -> None:
+    from hope_pt.launch.submit import cancel
+
+    path = Path(arguments.run)
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such run directory")
+    jobs = cancel(path)
+    print(f"cancelled: {' '.join(jobs)}" if jobs else f"no job of {path} is in the queue")
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from hope_pt.launch.sweep import sweep_commands
+
+    values = dict(one.partition("=")[::2] for one in arguments.overrides)
+    name, out = values.get("name", Path(arguments.config).stem), values.get("out", "")
+    settings = [one for one in arguments.overrides if one.partition("=")[0] not in ("name", "out")]
+    commands = sweep_commands(str(Path(arguments.config).absolute()), settings=settings, name=name, out=out and str(Path(out).absolute()))
+    for command in commands:
+        # A wrong key in the last job of an array should not be found tomorrow.
+        configs.load(arguments.config, list(command.arguments[2:]))
+    _send(arguments, commands, name=f"hope-sweep-{name}")
+
+
+def _tasks(arguments: argparse.Namespace) -> None:
+    from hope_pt.launch.sweep import Command
+
+    if arguments.action == "eval":
+        missing = [word for word in arguments.words if not (Path(word) / "checkpoints").is_dir()]
+        if missing:
+            raise ConfigError(f"{missing[0]}: no run with checkpoints")
+        commands = [Command(("eval", str(Path(word).absolute()))) for word in arguments.words]
+    else:
+        commands = [Command(tuple(arguments.words), program="hope-data")]
+    _send(arguments, commands, name=f"hope-{arguments.action}")
+
+
+def _send(arguments: argparse.Namespace, commands, *, name: str) -> None:
+    from hope_pt.launch.render import script_options
+    from hope_pt.launch.sweep import batch_text, parameters, submit_all
+
+    cluster = read_cluster(arguments.cluster or os.environ.get("HOPE_CLUSTER", ""), os.environ)
+    options = [*script_options(SCRIPTS / "sweep.sh"), f"--job-name={name}", *cluster.sbatch_options, *_options(arguments)]
+    settings, folder = parameters(options, name=name), Path(arguments.folder).absolute()
+    if arguments.print:
+        print(batch_text(commands, folder=folder, settings=settings, parallel=arguments.parallel))
+        for index, command in enumerate(commands):
+            print(f"# {index}: {command.program} {shlex.join(command.arguments)}")
+        return
+    jobs = submit_all(commands, folder=folder, settings=settings, parallel=arguments.parallel)
+    print(f"{len(jobs)} jobs: {jobs[0]} to {jobs[-1]}; logs in {folder}")

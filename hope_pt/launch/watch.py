@@ -1,0 +1,197 @@
+"""What a run is doing, read from its directory and the scheduler by somebody outside it: `hope launch status`, `watch`, `cancel`.
+
+In: status.json, metrics.jsonl, slurm/attempts and slurm/owner (slurm/lib/attempts.sh) and the names of the checkpoints. Nothing is
+written and torch is not needed, so it works on a login node and from cron.
+"""
+
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hope_pt.errors import ConfigError
+
+RECENT = 50
+"""Training lines that speed and time left are taken from."""
+_TAIL_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """state: of status.json, with "starting" and "dead" for what a file cannot say of itself. eta_s: seconds to the last step.
+
+    silent_s: seconds since the last sign of life. job: id and state in the queue. restarts: attempts after the first. mfu: share of the
+    GPUs' bf16 rate, where the run's GPUs are known. problem: what a person should look at, empty if nothing.
+    """
+
+    name: str
+    state: str
+    step: int
+    num_steps: int
+    loss: float | None
+    tokens_per_s: float | None
+    mfu: float | None
+    eta_s: float | None
+    checkpoint: int
+    restarts: int
+    job: str
+    silent_s: float | None
+    message: str
+    problem: str
+
+    def as_dict(self) -> dict:
+        """For programs."""
+        return asdict(self)
+
+
+def run_status(path: Path, *, stall_s: float = 1800.0, flops_rate: float | None = None, now: float | None = None) -> RunStatus:
+    """The state of the run in `path`. Without a sign of life for `stall_s` seconds a running run is a problem.
+
+    flops_rate: FLOPs of a token over FLOP/s of all GPUs, whose product with tokens/s is the MFU; None: unknown. Raises ConfigError where
+    there is no run.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such run directory")
+    now = time.time() if now is None else now
+    said, lines = read_status(path), recent_lines(path / "metrics.jsonl")
+    last = lines[-1] if lines else {}
+    attempts = read_attempts(path)
+    owner = owner_state(path)
+    step, num_steps = max(last.get("step", 0), said.get("step", 0)), said.get("num_steps", 0)
+    speeds = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]
+    speed = statistics.median(speeds) if speeds else None
+    seconds = _step_seconds(lines)
+    signs = [one["time"] for one in (said, last) if one.get("time")]
+    silent = now - max(signs) if signs else None
+    state = said.get("state") or ("starting" if owner else "unknown")
+    return RunStatus(
+        name=path.name,
+        state=state,
+        step=step,
+        num_steps=num_steps,
+        loss=last.get("loss"),
+        tokens_per_s=speed,
+        mfu=speed * flops_rate if speed and flops_rate else None,
+        eta_s=seconds * max(num_steps - step, 0) if seconds and num_steps else None,
+        checkpoint=committed_step(path),
+        restarts=max(sum(one["what"] == "start" for one in attempts) - 1, 0),
+        job=owner,
+        silent_s=silent,
+        message=said.get("message", ""),
+        problem=_problem(state, attempts=attempts, owner=owner, silent=silent, stall_s=stall_s),
+    )
+
+
+def _problem(state: str, *, attempts: list[dict[str, str]], owner: str, silent: float | None, stall_s: float) -> str:
+    ends = [one for one in attempts if one["what"] == "end"]
+    if ends and ends[-1].get("action") in ("give-up", "never", "user") and attempts[-1] is ends[-1]:
+        return f"the last attempt ended with {ends[-1]['action']!r}: it will not start again by itself"
+    if state in ("failed", "diverged"):
+        return f"the run has {state}"
+    if state == "running" and silent is not None and silent > stall_s:
+        return f"no sign of life for {silent:.0f} s"
+    if state == "running" and attempts and not owner and shutil.which("squeue"):
+        return "status.json says running, but no job has the run: it was killed"
+    recent = [one for one in ends[-3:] if one.get("action") == "requeue"]
+    if len(recent) == 3 and len({one.get("step") for one in recent}) == 1:
+        return "three restarts at the same committed step"
+    return ""
+
+
+def read_status(path: Path) -> dict:
+    """status.json, or nothing where it is missing or damaged."""
+    try:
+        found = json.loads((path / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def recent_lines(file: Path) -> list[dict]:
+    """The last training lines of a metrics.jsonl, however long it is."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(max(file.stat().st_size - _TAIL_BYTES, 0))
+            raw = opened.read().decode(errors="replace").splitlines(keepends=True)
+    except OSError:
+        return []
+    found = []
+    for line in raw:
+        try:
+            one = json.loads(line)
+        except ValueError:
+            # The first line of the tail may be cut, the last one unfinished.
+            continue
+        if isinstance(one, dict) and "loss" in one and "step" in one:
+            found.append(one)
+    return found[-RECENT:]
+
+
+def read_attempts(path: Path) -> list[dict[str, str]]:
+    """Lines of slurm/attempts: `what` (start or end), `attempt`, and their keys."""
+    try:
+        lines = (path / "slurm" / "attempts").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        words = line.split()
+        if len(words) > 2 and words[0] in ("start", "end"):
+            found.append({"what": words[0], "attempt": words[1], **dict(word.split("=", 1) for word in words[2:] if "=" in word)})
+    return found
+
+
+def committed_step(path: Path) -> int:
+    """Step of the newest checkpoint directory, 0 before the first; nothing is verified."""
+    steps = [int(found[1]) for one in path.glob("checkpoints/step-*") if (found := re.fullmatch(r"step-(\d+)", one.name))]
+    return max(steps, default=0)
+
+
+def owner_state(path: Path) -> str:
+    """Id and state of the job that owns the run, for example job 12 (RUNNING); empty if none that still exists does."""
+    try:
+        owner = (path / "slurm" / "owner").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+    state = job_state(owner)
+    return f"job {owner} ({state})" if state else ""
+
+
+def job_state(job: str) -> str:
+    """State of a job in the queue, empty for one that has left it, "unknown" where the scheduler does not answer."""
+    try:
+        done = subprocess.run(["squeue", "--noheader", "--format=%T", f"--jobs={job}"], capture_output=True, text=True, timeout=15)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    if done.returncode:
+        return "" if "Invalid job id" in done.stderr else "unknown"
+    return done.stdout.strip()
+
+
+def jobs_of(path: Path) -> list[str]:
+    """Jobs in the queue that belong to a run: its owner, and what waits under the name `hope launch submit` gives."""
+    found = []
+    owner = path / "slurm" / "owner"
+    if owner.exists() and job_state(job := owner.read_text(encoding="utf-8").strip()):
+        found.append(job)
+    chains = {one["job"].rpartition(".")[0] for one in read_attempts(path) if one.get("job", "").startswith("hope-chain-")}
+    for name in (job_name(path.name), *sorted(chains)):
+        done = subprocess.run(["squeue", "--noheader", "--me", "--format=%i", f"--name={name}"], capture_output=True, text=True, timeout=15)
+        found += [job for job in done.stdout.split() if job not in found]
+    return found
+
+
+def job_name(run: str) -> str:
+    """Name of the jobs of a run."""
+    return f"hope-{run}"
+
+
+def _step_seconds(lines: list[dict]) -> float | None:
+    """Median seconds between consecutive steps of one session."""
+    pairs = zip(lines, lines[1:], strict=False)
+    found = [b["time"] - a["time"] for a, b in pairs if "time" in a and "time" in b and b["step"] == a["step"] + 1]
+    return statistics.median(found) if found else None

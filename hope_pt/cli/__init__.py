@@ -1,4 +1,5 @@
-"""The `hope` command: `train`, `eval`, `generate`, `stack`, `memory`, `report`, `summary`, `estimate`, `doctor`, `config`.
+"""The `hope` command: `train`, `eval`, `generate`, `stack`, `memory`, `report`, `summary`, `estimate`, `doctor`, `config`,
+`launch`.
 
 This file parses arguments and turns exceptions into exit codes; each command is a module that is imported when it runs, so that
 `hope --help` answers at once. Exit codes: 0 done; 2 the user's error, one line on standard error; 1 our bug, with its traceback;
@@ -12,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from hope_pt.cli.launch_arguments import add_launch
 from hope_pt.errors import HopeError
 
 EXIT_INTERRUPTED = 130
@@ -87,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     _add_stack(commands)
     _add_memory(commands)
     _add_costs(commands)
+    add_launch(commands)
 
     report = commands.add_parser("report", help="write RUN/report.html: curves, evaluations, memory heat maps, samples")
     report.add_argument("run", metavar="RUN", help="run directory")

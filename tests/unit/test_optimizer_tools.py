@@ -193,13 +193,13 @@ def test_coordinate_slopes_and_verdict():
     widths = [64, 128, 256]
     assert coordinate_check.slope(widths, [1.0, 2.0, 4.0]) == pytest.approx(1)
     rows = [
-        {"optimizer": "adamw", "width": width, "base_width": base, "changes": [{}, {"all": {"logits": 1.0 if base else width / 64}}]}
+        {"optimizer": "adamw", "width": width, "base_width": base, "changes": {5: {"all": {"logits": 1.0 if base else width / 64}}}}
         for width, base in ((64, 0), (128, 0), (128, 64), (256, 0), (256, 64))
     ]
     off, on = coordinate_check.coordinates(rows, widths)
     assert off["slopes"]["logits"] == pytest.approx(1) and not off["flat"]
     assert on["slopes"]["logits"] == pytest.approx(0, abs=1e-9) and on["flat"]
-    assert "| adamw | all | off | +1.00 | no |" in coordinate_check.coordinate_table([off, on])
+    assert "| adamw | 5 | all | off | +1.00 | no |" in coordinate_check.coordinate_table([off, on])
 
 
 def test_coordinate_changes_are_split_by_parameter():

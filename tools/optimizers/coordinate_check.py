@@ -1,6 +1,6 @@
 """Does what a step changes stay the same at every width, and does the best rate (`make coordinate-check`; docs/optimizers.md)?
 
-Coordinates: hope_tiny's model at fixed depth and head width, 64 to 256 wide; after each of the first steps on the corpus, the root mean
+Coordinates: hope_tiny's model at fixed depth and head width, 64 to 256 wide; after some of the first steps on the corpus, the root mean
 square of what has changed in the output of every block and in the logits on held-out text. A good parametrisation keeps it flat: the
 slope of log(change) over log(width) is 0. The change is also split: with the new values of the matrices only (projections and CMS levels,
 which have the optimizer's rule and its scale by width), and with those of all other parameters only. All CMS levels have the period 1.
@@ -39,6 +39,9 @@ SEQ_LEN = 128
 BATCH = 4
 COORDINATE_RATE = 1e-3
 TRANSFER_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+MEASURED_STEPS = (1, 2, 3, 4, 5, 20)
+SHOWN_STEPS = (5, 20)
+"""Updates and inputs align while the model trains: what is flat after five steps need not be later."""
 FLAT = 0.2
 """A slope up to this is called flat: the change differs by less than a third between 64 and 256."""
 
@@ -131,12 +134,12 @@ def run(case: Case) -> dict[str, Any]:
     trainer = engine.TrainEngine(config, plan)
     first = {name: value.clone() for name, value in _model(trainer).state_dict().items()}
     losses: list[float] = []
-    changes: list[dict[str, dict[str, float]]] = []
+    changes: dict[int, dict[str, dict[str, float]]] = {}
     try:
         for step in range(case.steps):
             losses.append(trainer.step(rows_of(train, step * BATCH, BATCH)).loss)
-            if case.probe:
-                changes.append(changes_of(_model(trainer), first, probe_BT, config))
+            if case.probe and step + 1 in MEASURED_STEPS:
+                changes[step + 1] = changes_of(_model(trainer), first, probe_BT, config)
     except DivergenceError:
         losses.append(math.inf)
     engine.stop(plan)
@@ -171,18 +174,19 @@ def transfer_cases(names: Sequence[str], widths: Sequence[int], *, steps: int, r
 
 
 def coordinates(rows: Sequence[Mapping[str, Any]], widths: Sequence[int]) -> list[dict[str, Any]]:
-    """For every optimizer, scaled and not, and part: the changes after the last step by width, their slopes, and whether all are flat."""
+    """For every optimizer, scaled and not, measured step and part: the changes by width, their slopes, and whether all are flat."""
     found = []
     for name in dict.fromkeys(row["optimizer"] for row in rows):
+        base = next(row for row in rows if row["optimizer"] == name and row["width"] == widths[0])
         for scaled in (False, True):
             mine = {row["width"]: row for row in rows if row["optimizer"] == name and bool(row["base_width"]) is scaled}
-            base = next(row for row in rows if row["optimizer"] == name and row["width"] == widths[0])
-            last = [(mine | {widths[0]: base})[width]["changes"][-1] for width in widths]
-            for part in last[0]:
-                changes = [change[part] for change in last]
+            by_width = [(mine | {widths[0]: base})[width]["changes"] for width in widths]
+            for step, part in ((step, part) for step, parts in base["changes"].items() for part in parts):
+                changes = [one[step][part] for one in by_width]
                 slopes = {place: slope(widths, [change[place] for change in changes]) for place in changes[0]}
                 flat = all(abs(value) <= FLAT for value in slopes.values())
-                found.append({"optimizer": name, "scaled": scaled, "part": part, "changes": changes, "slopes": slopes, "flat": flat})
+                where = {"optimizer": name, "scaled": scaled, "step": step, "part": part}
+                found.append({**where, "changes": changes, "slopes": slopes, "flat": flat})
     return found
 
 
@@ -192,14 +196,18 @@ def coordinate_table(found: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         [
             row["optimizer"],
+            str(row["step"]),
             row["part"],
             "on" if row["scaled"] else "off",
             *(f"{row['slopes'][place]:+.2f}" for place in places),
             "yes" if row["flat"] else "no",
         ]
         for row in found
+        if row["step"] in SHOWN_STEPS
     ]
-    return common.markdown(["optimizer", "moved", "base_width", *(f"slope, {place}" for place in places), f"all within {FLAT}"], lines)
+    return common.markdown(
+        ["optimizer", "step", "moved", "base_width", *(f"slope, {place}" for place in places), f"all within {FLAT}"], lines
+    )
 
 
 def transfers(rows: Sequence[Mapping[str, Any]], widths: Sequence[int]) -> list[dict[str, Any]]:
@@ -232,12 +240,13 @@ def transfer_table(found: Sequence[Mapping[str, Any]]) -> str:
 
 def draw(axes: Sequence[Axes], found: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]], widths: Sequence[int]) -> None:
     """Changes of the logits over width, by all parameters and by the matrices, and loss over rate; dashed without scaling."""
+    last = max(row["step"] for row in found)
     for panel, part in zip(axes, ("all", "matrices")):
-        for row in (row for row in found if row["part"] == part):
+        for row in (row for row in found if (row["step"], row["part"]) == (last, part)):
             values = [change["logits"] for change in row["changes"]]
             style, label = ("-", f"{row['optimizer']}, scaled") if row["scaled"] else ("--", f"{row['optimizer']}, not scaled")
             panel.loglog(widths, values, style, color=common.COLOURS[row["optimizer"]], marker="o", markersize=3, label=label)
-        panel.set(xlabel="width", ylabel="root mean square change of the logits", title=f"moved: {part}")
+        panel.set(xlabel="width", ylabel="root mean square change of the logits", title=f"moved: {part}; after {last} steps")
         panel.set_xticks(widths, [str(width) for width in widths])
         panel.minorticks_off()
     axes[0].legend(fontsize=7)
@@ -258,7 +267,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Coordinate check and transfer of the learning rate over widths.")
     parser.add_argument("--widths", default="64,128,256", help="the first is the base width")
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
-    parser.add_argument("--steps", type=int, default=5, help="of the coordinate check")
+    parser.add_argument("--steps", type=int, default=MEASURED_STEPS[-1], help="of the coordinate check")
     parser.add_argument("--transfer-steps", type=int, default=60)
     parser.add_argument("--rates", default=",".join(map(str, TRANSFER_RATES)))
     parser.add_argument("--workers", type=int, default=2)

@@ -5,10 +5,14 @@ from typing import Literal
 from hope_pt.config.schema import (
     CMSConfig,
     DataConfig,
+    DeepMomentumConfig,
     EngineConfig,
+    M3Config,
     ModelConfig,
+    MomentumConfig,
     MQARConfig,
     OptimConfig,
+    OptimizerName,
     RunConfig,
     TitansConfig,
     TrainConfig,
@@ -50,3 +54,34 @@ def tiny_run(
         engine=EngineConfig(micro_batch_size=micro_batch_size, precision=precision, device="cpu", timeout_s=90),
         train=TrainConfig(steps=steps, global_batch_size=global_batch_size),
     )
+
+
+def deep_run(rule: OptimizerName, *, precision: Literal["fp32", "bf16"] = "fp32", steps: int = 10) -> RunConfig:
+    """Two blocks with four heads, all matrices with `rule` and the memories with Muon; clipped, decayed, CMS periods 1, 2 and 3.
+
+    The slow momentum of M3 has period 4. eps of all second moments is large: with a small one an entry whose gradient is zero up to
+    rounding moves by a whole step.
+    """
+    model = ModelConfig(
+        vocab_size=32,
+        num_layers=2,
+        width=32,
+        num_heads=4,
+        titans=TitansConfig(chunk_mem=8, chunk_proj=16),
+        cms=CMSConfig(hidden=24, periods=(1, 2, 3)),
+    )
+    eps = 1e-3
+    optim = OptimConfig(
+        name=rule,
+        memory="muon",
+        lr=1e-2,
+        warmup_steps=2,
+        clip=0.05,
+        eps=eps,
+        base_width=16,
+        m3=M3Config(slow_every=4, eps=eps),
+        momentum=MomentumConfig(eps=eps),
+        deep_momentum=DeepMomentumConfig(hidden=4, eps=eps),
+    )
+    config = tiny_run(model=model, seq_len=16, micro_batch_size=2, precision=precision, steps=steps)
+    return config.model_copy(update={"optim": optim})

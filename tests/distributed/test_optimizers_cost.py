@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from hope_pt.config import load
-from hope_pt.config.schema import CMSConfig, DeepMomentumConfig, M3Config, OptimConfig, RunConfig
+from hope_pt.config.schema import DeepMomentumConfig, M3Config, OptimConfig, RunConfig
 from hope_pt.engine import Launch
 from hope_pt.engine.layerwise import BUCKET_BYTES, buckets, owners
 from hope_pt.engine.mesh import check_mesh
 from hope_pt.launch.communication import sent
-from hope_pt.launch.weights import FP32, checkpoint_bytes, held, owned, weight_bytes
+from hope_pt.launch.weights import checkpoint_bytes, held, owned, weight_bytes
 from hope_pt.testing import run_distributed, tiny_model, tiny_run
 from hope_pt.testing.communication import CommunicationCounter
 from hope_pt.testing.layouts import part_at, running, with_engine
@@ -85,3 +85,40 @@ def test_the_planner_knows_what_is_kept(measured, case):
     config = config_of(case)
     found = weight_bytes(config, check_mesh(config, world_size=RANKS), stage=0)
     assert max(size for _, size in measured[case]) == found.optimizer + found.accumulated
+
+
+def test_owners_are_balanced_in_every_class_of_periods():
+    """At 170M over 8 ranks; the embedding is one parameter and the largest share."""
+    config = load("configs/hope_170m.toml", ["optim.name=m3", "engine.overlap_param_gather=false"])
+    ranks = owned(config, check_mesh(config, world_size=8), stage=0)
+    assert sorted(p.name for own in ranks for p in own) == sorted(p.name for p in held(config, check_mesh(config, world_size=8), stage=0))
+    for period in config.model.cms.periods:
+        loads = [sum(p.cost for p in own if p.period == period) for own in ranks]
+        assert max(loads) <= 1.1 * sum(loads) / len(loads), period
+
+
+def test_owners_are_the_same_for_any_order_of_the_names():
+    costs = {f"p{i}": float(i % 5) for i in range(20)}
+    periods = {name: 1 + int(name[1:]) % 2 for name in costs}
+    backwards = dict(reversed(costs.items()))
+    assert owners(costs, periods=periods, ranks=3) == owners(backwards, periods=periods, ranks=3)
+
+
+def test_a_bucket_has_one_owner_clock_and_dtype_and_is_bounded():
+    large = torch.empty(BUCKET_BYTES // 8, dtype=torch.float32, device="meta")
+    parameters = {"a": large, "b": large, "c": large, "d": large.bfloat16(), "e": large, "f": torch.cat([large] * 3)}
+    owner_of = {"a": 0, "b": 0, "c": 0, "d": 0, "e": 1, "f": 1}
+    found = buckets(parameters, owner_of=owner_of, periods=dict.fromkeys(parameters, 1) | {"c": 2})
+    assert [bucket.names for bucket in found] == [("a", "b"), ("c",), ("d",), ("e",), ("f",)]
+    assert [(bucket.owner, bucket.period) for bucket in found] == [(0, 1), (0, 2), (0, 1), (1, 1), (1, 1)]
+
+
+def test_a_checkpoint_holds_the_state_of_every_rule():
+    """Bytes of one process's checkpoint within the interval of the slow level, against the planner's."""
+    config = config_of("deep_momentum-tp2")
+    config = with_engine(config, tensor_parallel=1)
+    with running(config, launch=Launch()) as engine:
+        for step in range(3):
+            engine.step(part_at(engine, step))
+        tensors, _ = engine.state()
+    assert sum(value.nbytes for value in tensors.values()) == checkpoint_bytes(config)

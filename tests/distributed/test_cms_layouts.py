@@ -3,7 +3,8 @@
 "independent": a level's weight meets the stream behind a row-parallel matrix. With sequence parallelism every rank sees a part of the
 tokens there, and the gradient of the weight is a sum over ranks, as that of a norm is. That gradient is one number, a sum over tokens and
 channels which may cancel, so the six weights are compared together. "nested": initial states are optimizer state, cut like the moments,
-and survive a checkpoint within an interval under any layout. "by depth": two blocks with clocks of their own.
+and survive a checkpoint within an interval under any layout. "by depth": two blocks with clocks of their own. A start from stored weights
+(`train.start_from`) is cut by the layout too.
 """
 
 import functools
@@ -11,9 +12,14 @@ import functools
 import pytest
 import torch
 
+from hope_pt import checkpoint
+from hope_pt.config import to_toml
 from hope_pt.config.schema import CMSConfig, ModelConfig, OptimConfig, TitansConfig
-from hope_pt.testing import EXACT, GRADIENT, LAYOUT, difference, run_distributed, tiny_run, worst_difference
+from hope_pt.engine.sharding import Shard
+from hope_pt.nn import HopeLM
+from hope_pt.testing import BF16_LOSS, EXACT, GRADIENT, LAYOUT, difference, run_distributed, tiny_run, worst_difference
 from hope_pt.testing.layouts import part_at, running, train_all, train_plainly, with_engine
+from hope_pt.train.start import load_start
 
 CMS = {
     "independent": CMSConfig(hidden=24, periods=(1, 2, 3), variant="independent"),
@@ -127,3 +133,34 @@ def test_nested_levels_continue_within_an_interval_under_any_layout():
     assert {"initial", "initial_sum", "initial_state_exp_avg", "initial_state_exp_avg_sq"} <= set(keys)
     assert losses == pytest.approx(oracle("nested", steps=9).losses, rel=LAYOUT)
     assert difference(weights, oracle("nested", steps=9).weights) <= LAYOUT
+
+
+def begin(launch, configs):
+    """Weights and first loss of each layout after a start from stored weights."""
+    found = []
+    for index, config in enumerate(configs):
+        with running(config, launch=launch, key=f"{index}") as trainer:
+            load_start(config, engine=trainer, fingerprint="of the data")
+            found.append((trainer.export(), trainer.step(part_at(trainer, 0)).loss, trainer.optimizer.num_calls))
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(240)
+def test_every_layout_begins_with_the_stored_weights(tmp_path):
+    layouts = [LAYOUTS[name] for name in ("tp2 sp", "pp2", "dp2 distributed")] + [{"tensor_parallel": 2, "precision": "bf16"}]
+    lm = HopeLM(config_of("independent").model, seed=7)
+    shards = [Shard(f"model.{name}", value) for name, value in lm.state_dict().items()]
+    meta = {"config": to_toml(config_of("independent")), "fingerprint": "of the data"}
+    checkpoint.save(tmp_path, step=0, shards=shards, meta=meta, layout="one process", keep=1, keep_every=0)
+    configs = []
+    for layout in layouts:
+        config = config_of("independent", **layout)
+        train = config.train.model_copy(update={"start_from": str(tmp_path)})
+        configs.append(config.model_copy(update={"train": train}))
+    ranks = run_distributed(begin, world_size=2, timeout_s=200, args=(configs,))
+    for index, (weights, loss, calls) in [pair for found in ranks for pair in enumerate(found)]:
+        assert difference(weights, lm.state_dict()) == EXACT
+        assert calls == 1
+        assert loss == pytest.approx(ranks[0][0][1], rel=BF16_LOSS if index == 3 else LAYOUT)
+    assert ranks[0][0][1] != pytest.approx(oracle("independent").losses[0], rel=1e-4), "other weights than those of the seed"

@@ -127,11 +127,20 @@ def _audit_state(path: Path, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"state": str(path), "run": arguments.against, "step": trained.step} | asdict(found), indent=1))
         return
-    columns = ["layer", "memory", "|W - W_start| / |W_start|", "|W| / |W_start|"]
-    rows = [[f"{one.layer}", one.memory, f"{one.change:.2%}", f"{one.norm_ratio:.3f}"] for one in found.changes]
+    console = Console()
+    worth = ("change", "loss undone", "difference")
+    if found.changes:
+        memories = [(f"{one.layer}", one.memory, f"{one.norm_ratio:.3f}", *_worth(one)) for one in found.changes]
+        title = f"{path}: memories after {found.tokens:,} tokens"
+        console.print(table(title, "layer", "memory", "|W| / |W_start|", *worth, rows=memories), "")
+    if found.levels:
+        levels = [(f"{one.level}", "all" if one.block is None else f"{one.block}", *_worth(one)) for one in found.levels]
+        console.print(table("what the token clock has changed", "level", "block", *worth, rows=levels), "")
+    print("change: |W - W_start| / |W_start|, from the learned start or the trained weights")
     if ids:
-        columns += ["loss undone", "difference"]
-        rows = [[*row, f"{one.loss:.4f}", f"{one.difference:+.4f}"] for row, one in zip(rows, found.changes, strict=True)]
-    Console().print(table(f"{path}: memory after {found.tokens:,} tokens", *columns, rows=rows))
-    if ids:
-        print(f"loss of {found.text_tokens} tokens of text: {found.loss:.4f} nats with the memory, {found.fresh:.4f} without any")
+        print(f"loss of {found.text_tokens} tokens of text: {found.loss:.4f} nats, {found.fresh:.4f} by the model without this memory")
+
+
+def _worth(one: audit_state.MemoryChange | audit_state.LevelChange) -> tuple[str, str, str]:
+    loss, difference = ("" if value is None else form.format(value) for value, form in ((one.loss, "{:.4f}"), (one.difference, "{:+.4f}")))
+    return f"{one.change:.2%}", loss, difference

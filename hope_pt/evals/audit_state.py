@@ -2,21 +2,25 @@
 
 A file of `hope generate --save-memory` has, per layer, the anchors of M_mem and of the generating memories (k, eta, alpha, ...), their
 momentum, the open part of the chunk and the tail of the convolution. Undoing a memory sets its anchors to the learned start and its
-momentum to zero; what has not been committed yet, and the tail, stay.
+momentum to zero; what has not been committed yet, and the tail, stay. With a token clock the file also has what the CMS levels have learnt;
+undoing a level gives it the trained weights. The text is read without further learning of the levels.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hope_pt.errors import EvalError
 from hope_pt.evals.generation import Memory
 from hope_pt.evals.scoring import evaluating, target_losses
 from hope_pt.nn import HopeLM, LMState
+from hope_pt.nn.fast_levels import Named, applied
 from hope_pt.nn.state import LayerState
 from hope_pt.nn.titans import TitansCore, pack
+from hope_pt.optim.held import level_of
 
 
 @dataclass(frozen=True)
@@ -35,34 +39,87 @@ class MemoryChange:
 
 
 @dataclass(frozen=True)
+class LevelChange:
+    """What a token clock has changed in one CMS level of one block (None: of all blocks), as in `MemoryChange`."""
+
+    level: int
+    block: int | None
+    change: float
+    loss: float | None = None
+    difference: float | None = None
+
+
+@dataclass(frozen=True)
 class StateAudit:
-    """tokens: seen by the memory. loss: nats per token of the text after them. fresh: the same without any memory of them."""
+    """tokens: seen by the memory. loss: nats per token of the text after them. fresh: the same by the model as trained, without them."""
 
     tokens: int
     text_tokens: int
     loss: float | None
     fresh: float | None
     changes: tuple[MemoryChange, ...]
+    levels: tuple[LevelChange, ...]
 
 
 def audit_state(lm: HopeLM, memory: Memory, *, text: Sequence[int] = ()) -> StateAudit:
-    """The audit of a loaded memory; text: token ids that follow what it has seen. EvalError for a model without memories."""
+    """The audit of a loaded memory; text: token ids that follow what it has seen. EvalError for a model without memories or levels."""
+    moved = memory.learnt.state.levels.moved if memory.learnt else {}
     cores = [(layer, block.mixer.core) for layer, block in enumerate(lm.blocks) if isinstance(block.mixer.core, TitansCore)]
-    if not cores:
+    if not cores and not moved:
         raise EvalError('a model with mixer = "attention" keeps what it has read as it is; it has no memory to audit')
-    state = memory.state
-    loss = _loss(lm, memory, state, text) if text else None
-    fresh = _loss(lm, memory, None, text) if text else None
-    found = []
+    reader, state = _Reader(lm, memory.last, text), memory.state
+    loss = reader.loss(state, moved)
+    changes = []
     for layer, core in cores:
         start = _start(core)
         for name, places in _memories(core).items():
             now, before = _weights(state.layers[layer], places), _weights(start, places)
             length = float(before.norm())
-            undone = _loss(lm, memory, _without(state, layer, start, places), text) if text else None
+            undone = reader.loss(_without(state, layer, start, places), moved)
             change, ratio = float((now - before).norm()) / length, float(now.norm()) / length
-            found.append(MemoryChange(layer, name, change, ratio, undone, None if undone is None or loss is None else undone - loss))
-    return StateAudit(int(state.seen_B[0]), len(text), loss, fresh, tuple(found))
+            changes.append(MemoryChange(layer, name, change, ratio, undone, _less(undone, loss)))
+    levels = tuple(_levels(lm, moved, reader=reader, state=state, loss=loss))
+    return StateAudit(int(state.seen_B[0]), len(text), loss, reader.loss(None, {}), tuple(changes), levels)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The loss of a text after a token, None without a text."""
+
+    lm: HopeLM
+    last: int
+    text: Sequence[int]
+
+    def loss(self, state: LMState | None, moved: Named) -> float | None:
+        """Nats per token after `state`, with `moved` added to the trained weights of the levels."""
+        if not self.text:
+            return None
+        matrices = {name: module for name, module in self.lm.named_modules() if isinstance(module, nn.Linear) and name in moved}
+        with evaluating(self.lm) as device, applied(matrices, moved):
+            tokens = torch.tensor([[self.last, *self.text[:-1]]], device=device)
+            logits_BTV, _ = self.lm(tokens, state=state)
+            return target_losses(logits_BTV, torch.tensor([list(self.text)], device=device)).mean().item()
+
+
+def _less(undone: float | None, loss: float | None) -> float | None:
+    return None if undone is None or loss is None else undone - loss
+
+
+def _levels(lm: HopeLM, moved: Named, *, reader: _Reader, state: LMState, loss: float | None) -> Iterator[LevelChange]:
+    """Every level over all blocks, then in each of them."""
+    places = {name: place for name in moved if (place := level_of(f"{name}."))}
+    weights = dict(lm.named_parameters())
+    for level in sorted({level for level, _ in places.values()}):
+        blocks = sorted({block for other, block in places.values() if other == level})
+        for block in (None, *blocks):
+            names = [name for name, place in places.items() if place[0] == level and block in (None, place[1])]
+            change = math.sqrt(_squares(moved[name] for name in names) / _squares(weights[f"{name}.weight"] for name in names))
+            undone = reader.loss(state, {name: value for name, value in moved.items() if name not in names})
+            yield LevelChange(level, block, change, undone, _less(undone, loss))
+
+
+def _squares(values: Iterable[Tensor]) -> float:
+    return sum(float(value.double().square().sum()) for value in values)
 
 
 @dataclass(frozen=True)
@@ -99,11 +156,3 @@ def _without(state: LMState, layer: int, start: LayerState, places: _Places) -> 
     for name in places.every:
         places.part(changed[name]).copy_(places.part(start[name]).expand_as(places.part(changed[name])))
     return LMState(state.seen_B, tuple(changed if index == layer else other for index, other in enumerate(state.layers)))
-
-
-def _loss(lm: HopeLM, memory: Memory, state: LMState | None, text: Sequence[int]) -> float:
-    """Nats per token of the text after the memory's last token."""
-    with evaluating(lm) as device:
-        tokens = torch.tensor([[memory.last, *text[:-1]]], device=device)
-        logits_BTV, _ = lm(tokens, state=state)
-        return target_losses(logits_BTV, torch.tensor([list(text)], device=device)).mean().item()

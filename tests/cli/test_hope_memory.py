@@ -201,6 +201,37 @@ def test_without_text_only_the_changes(finished, memory_file, capsys):
     assert "|W - W_start|" in output(capsys, "memory", "audit", memory_file, "--against", finished)
 
 
+def test_what_a_token_clock_has_learnt(finished, tmp_path, capsys):
+    path, text = tmp_path / "learnt.safetensors", " and then he went away"
+    clock = ("--token-clock", "4,8", "--token-lr", "0.2,0.1")
+    output(capsys, "generate", finished, "--prompt", "The king said", "--tokens", 30, "--save-memory", path, *clock)
+    found = json.loads(output(capsys, "memory", "audit", path, "--against", finished, "--text", text, "--json"))
+    trained = load_trained(finished)
+    memory = load_memory(path, lm=trained.lm)
+    moved = memory.learnt.state.levels.moved
+    assert [(one["level"], one["block"]) for one in found["levels"]] == [(level, block) for level in (0, 1) for block in (None, 0, 1)]
+    names = [name for name in moved if name.startswith("blocks.1.cms.levels.1.")]
+    weights = trained.lm.state_dict()
+    lengths = [math.sqrt(sum(float(values[name].square().sum()) for name in names)) for values in (
+        {name: moved[name] for name in names}, {name: weights[f"{name}.weight"] for name in names}
+    )]  # fmt: skip
+    assert len(names) == 3 and found["levels"][5]["change"] == pytest.approx(lengths[0] / lengths[1], rel=1e-5)
+    # By hand: the trained weights with the other level's change added, and the memory as it is.
+    for name, value in moved.items():
+        if ".levels.0." in name:
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + value[0]
+    other = HopeLM(trained.config.model)
+    other.load_state_dict(weights)
+    from hope_pt.evals.passkey import sentencepiece_encode
+
+    ids = sentencepiece_encode(trained.tokenizer)(text)
+    with torch.no_grad():
+        logits, _ = other(torch.tensor([[memory.last, *ids[:-1]]]), state=memory.state)
+    loss = torch.nn.functional.cross_entropy(logits[0], torch.tensor(ids)).item()
+    assert found["levels"][3]["loss"] == pytest.approx(loss, rel=1e-5) and found["levels"][3]["loss"] != found["loss"]
+    assert "what the token clock has changed" in output(capsys, "memory", "audit", path, "--against", finished)
+
+
 def test_mistakes(finished, memory_file, tmp_path, fails):
     assert "does not exist; name a run directory" in fails("memory", "audit", tmp_path / "absent")
     assert "no checkpoint" in fails("memory", "audit", tmp_path)

@@ -67,16 +67,15 @@ def test_training_goes_on_from_the_trained_loss(how, periods, old, tmp_path):
 
 
 def test_a_stopped_run_continues_from_its_own_checkpoint(old, tmp_path):
-    """Not from the start again, and not differently than without the stop; the start may be gone by then."""
+    """Not from the start again, and not differently than without the stop; the start may be gone by then, and the directory is shared."""
     start = stack(old, tmp_path / "start")
     command = ["train", str(start / "start.toml"), "train.steps=4", "eval.every=4", "checkpoint.every=2"]
-    for name in ("whole", "stopped"):
+    for name in ("whole", "start"):
         assert cli.main([*command, f"out={tmp_path}", f"name={name}"]) == 0
-    stopped = tmp_path / "stopped"
-    shutil.rmtree(stopped / "checkpoints" / "step-00000004")
+    shutil.rmtree(start / "checkpoints" / "step-00000004")
     shutil.move(start / "step-00000000", tmp_path / "away")
-    assert cli.main([*command, f"out={tmp_path}", "name=stopped"]) == 0
-    whole, again = (load_trained(tmp_path / name).lm.state_dict() for name in ("whole", "stopped"))
+    assert cli.main([*command, f"out={tmp_path}"]) == 0
+    whole, again = (load_trained(tmp_path / name).lm.state_dict() for name in ("whole", "start"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 

@@ -120,6 +120,8 @@ def test_compare_table_and_figure(tmp_path):
         for name, end in (("adamw", 4.0), ("muon", 3.0))
     }
     scores = {"adamw": {1e-3: 4.2, 2e-3: 4.1, 4e-3: 5.0}, "muon": {1e-3: 3.2, 2e-3: 3.3}}
+    runs["muon"].append(compare.Run(np.empty(0), np.empty(0), 3.0))
+    assert compare.smooth(runs["muon"]).shape == (2, steps) and compare.smooth(runs["muon"][2:]).size == 0
     found = compare.rows(scores, runs, {name: {"step_s": 0.2, "optimizer_s": 0.01} for name in runs})
     lines = compare.table(found, scores=scores).splitlines()
     assert lines[2].startswith("| muon | 3.000 (3.000 to 3.000) |") and "0.001 (edge)" in lines[2]

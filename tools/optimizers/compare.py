@@ -230,9 +230,9 @@ def table(found: Sequence[Mapping[str, Any]], *, scores: Mapping[str, Mapping[fl
 
 
 def smooth(runs: Sequence[Run]) -> np.ndarray:
-    """Running means of the training losses, [seeds, steps]."""
-    steps = min(len(run.loss) for run in runs)
-    return np.stack([running_mean(run.loss[:steps].tolist(), window=max(1, steps // 15)) for run in runs])
+    """Running means of the training losses, [seeds that did not diverge, steps]."""
+    losses = [run.loss for run in runs if len(run.loss)]
+    return np.array([running_mean(loss.tolist(), window=max(1, len(loss) // 15)) for loss in losses], ndmin=2)
 
 
 def draw(axes: Sequence[Axes], runs: Mapping[str, Sequence[Run]], *, tokens_per_step: int) -> None:
@@ -244,7 +244,7 @@ def draw(axes: Sequence[Axes], runs: Mapping[str, Sequence[Run]], *, tokens_per_
             continue
         start = losses.shape[1] // 12
         steps = np.arange(1, losses.shape[1] + 1)
-        seconds = np.stack([run.seconds[: len(steps)] for run in found]).mean(0)
+        seconds = np.stack([run.seconds for run in found if len(run.seconds)]).mean(0)
         common.band(axes[0], (steps * tokens_per_step / 1e6)[start:], losses[:, start:], name=name)
         common.band(axes[1], seconds[start:], losses[:, start:], name=name)
         lows.append(losses.min())

@@ -4,7 +4,8 @@ Measured: one update of the real parameters in fp32, group by group, without a m
 as often as it moves. And the tokens a second of forward and backward pass of the whole model on the same threads, from which follows the
 share of a step of 524,288 tokens. Counted: FLOPs of the updates, divided over 8 layer-wise ranks as the engine divides them (the fullest
 rank counts), over those of forward and backward pass of a rank's tokens; and in seconds on 8 H100 by the planner's guesses, which no GPU
-has confirmed. Writes step_time.json. `python -m tools.optimizers.step_time [--layers N]`: fewer layers are measured and scaled up.
+has confirmed. Writes step_time.json. `python -m tools.optimizers.step_time [--layers N]`: blocks are equal, so some of them are measured
+and scaled up to all.
 """
 
 import argparse
@@ -196,7 +197,7 @@ def main() -> int:
     """Measure, count, print the table and write JSON."""
     parser = argparse.ArgumentParser(description="Cost of the optimizers at hope_170m.")
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS), help="AdamW is always measured")
-    parser.add_argument("--layers", type=int, default=0, help="blocks that are measured; 0: all")
+    parser.add_argument("--layers", type=int, default=4, help="blocks that are measured, and scaled up to all; 0: all")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=1024, help="of the sequence that is timed")
     parser.add_argument("--threads", type=int, default=1)

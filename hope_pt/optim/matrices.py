@@ -109,4 +109,7 @@ class Matrices:
     def rows(self, x: Tensor) -> Tensor:
         """Rows of every whole matrix of the stack x [N, *shape], [M, 1, 1] of x's dtype and device: one of the constants of `apply`."""
         rows = self.view.rows(self.whole_shape(x.shape[1:]))
-        return torch.tensor(rows * len(x), dtype=x.dtype, device=x.device).view(-1, 1, 1)
+        if len(set(rows)) == 1:
+            return x.new_full((len(x) * len(rows), 1, 1), rows[0])
+        # Filled on the device: a copy from a list would wait for it.
+        return torch.cat([x.new_full((1, 1, 1), count) for count in rows]).repeat(len(x), 1, 1)

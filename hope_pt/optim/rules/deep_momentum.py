@@ -65,6 +65,7 @@ class DeepMomentum(UpdateRule):
         self.config = config
         self.orthogonalise = orthogonalise or NewtonSchulz()
         self.keys = ("linear", "second") if config.preconditioner == "adam" else ("linear",)
+        self._starts: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def matrix_keys(self, rows: int, columns: int) -> dict[str, tuple[int, int]]:
         """See `UpdateRule.matrix_keys`."""
@@ -90,13 +91,20 @@ class DeepMomentum(UpdateRule):
     def _learn(self, keys: Tensor, rows: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The hidden layer learns [M, R, C] gradients: (its answer to the unit vectors [M, R, C], new w1, new w2)."""
         a, rate = self.config.decay, (1 - self.config.decay) * self.config.inner_lr
-        first = start(self.config, keys.shape[-1]).to(keys)
+        first = self._start(keys)
         length = keys.square().sum(-1, keepdim=True).sqrt()
         keys = keys / (length + TINY)
         hidden = torch.tanh(keys @ (first + w2).mT)
         w2 = a * w2 - ((1 - hidden.square()) * w1).mT @ keys * (rate / rows)
         w1 = a * w1 - rate * hidden
         return length * (w1 @ torch.tanh(first + w2)) / math.sqrt(self.config.hidden * keys.shape[-1]), w1, w2
+
+    def _start(self, like: Tensor) -> Tensor:
+        """S for matrices such as `like`, made once."""
+        key = (like.shape[-1], like.device, like.dtype)
+        if key not in self._starts:
+            self._starts[key] = start(self.config, like.shape[-1]).to(like)
+        return self._starts[key]
 
     def _orthogonal(self, x: Tensor, rows: Tensor) -> tuple[Tensor]:
         return (self.orthogonalise(x).mul_(ADAMW_RMS * rms_scale(rows, x.shape[-1])),)

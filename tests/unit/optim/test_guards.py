@@ -9,6 +9,7 @@ from hope_pt.config.schema import OptimConfig
 from hope_pt.optim import Clocked
 from hope_pt.optim.guards import Guards, frozen
 from hope_pt.optim.held import Held
+from hope_pt.optim.nested import Nested
 from hope_pt.optim.watch import Watched
 from hope_pt.testing.configs import tiny_model
 
@@ -192,6 +193,27 @@ def test_frozen_levels_are_bit_identical_and_others_do_not_notice():
     for name in SHAPES:
         assert torch.equal(weights[name], start[name] if name in (SLOW, NORM) else others[name]), name
     assert watched.guards.acted == {2: [2, 0]}
+
+
+def test_a_restart_of_a_nested_level_is_capped_by_its_initial_state():
+    """Period 2, restart 4: at call 4 the weights return to the initial state, a long way, and the initial state takes a capped step."""
+    weight = torch.nn.Parameter(torch.randn(24, 16, generator=torch.Generator().manual_seed(4)))
+    held = [Held(SLOW, weight.data, (24, 16))]
+    optim = OptimConfig(level_step_cap=0.05)
+    guards = Guards(held, shapes={SLOW: (24, 16)}, model=MODEL, optim=optim, total=alone, device=torch.device("cpu"))
+    nested = Nested(torch.optim.SGD([{"params": [weight], "period": 2, "restart": 4}], lr=0.5))
+    clocked = Clocked(nested)
+    watched = Watched(clocked, held=held, guards=guards, measures=None, origin=lambda main: nested.origin(weight))
+    initial = weight.detach().clone()
+    for number in range(1, 9):
+        before = weight.detach().clone()
+        step(watched, {SLOW: weight}, number)
+        if number in (2, 6):
+            assert relative(weight, before) == pytest.approx(0.05, rel=1e-5) and relative(before, initial) == 0
+        if number in (4, 8):
+            assert relative(weight, initial) == pytest.approx(0.05, rel=1e-5)
+            initial = weight.detach().clone()
+    assert guards.acted == {1: [4, 0]}
 
 
 def test_the_first_step_and_no_other_sets_the_start():

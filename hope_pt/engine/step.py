@@ -27,6 +27,7 @@ from hope_pt.config.schema import RunConfig
 from hope_pt.engine.collectives import is_broken
 from hope_pt.engine.compat import quiet
 from hope_pt.engine.mesh import sharding
+from hope_pt.engine.meta import MetaLosses
 from hope_pt.engine.micro import BatchLike, MicroBatch, join_losses, micro_batches, own_rows
 from hope_pt.engine.model import build_model, named_parameters
 from hope_pt.engine.optimizer import OuterOptimizer
@@ -88,6 +89,8 @@ class TrainEngine:
             self.optimizer = OuterOptimizer(self.parameters, models=self.models, config=config, plan=plan)
         self._state = EngineState(self.parameters, optimizer=self.optimizer, plan=plan)
         self._state.initialize(model=config.model, seed=config.train.seed)
+        meta = config.token_clock.meta_train
+        self._meta = MetaLosses(config, mesh=plan.mesh, parameters=self.parameters) if meta else None
         cores = [core for model in self.models for core in model.modules() if isinstance(core, TitansCore)]
         if cores:
             _log_backend(cores[0], plan)
@@ -177,7 +180,7 @@ class TrainEngine:
         schedule = get_forward_backward_func(pp_size=mesh.pipeline, vp_size=mesh.virtual if mesh.virtual > 1 else None)
         iterators = [iter(micros) for _ in self.models]
         return schedule(
-            forward_step_func=functools.partial(_forward, report_tokens=forward_only),
+            forward_step_func=functools.partial(_forward, report_tokens=forward_only, meta=self._meta),
             data_iterator=iterators if mesh.virtual > 1 else iterators[0],
             model=self.models,
             num_microbatches=len(micros),
@@ -200,9 +203,12 @@ class TrainEngine:
         return loss_sum / count
 
 
-def _forward(micros: Iterator[MicroBatch], model: torch.nn.Module, *, report_tokens: bool):
+def _forward(micros: Iterator[MicroBatch], model: torch.nn.Module, *, report_tokens: bool, meta: MetaLosses | None):
     micro = next(micros)
-    losses_BT = model(micro.tokens_BT, None, None, labels=micro.targets_BT, packed_seq_params=micro.passage)
+    if meta is None:
+        losses_BT = model(micro.tokens_BT, None, None, labels=micro.targets_BT, packed_seq_params=micro.passage)
+    else:
+        losses_BT = meta.losses(micro)
     return losses_BT, functools.partial(_sum_loss, mask_BT=micro.mask_BT, report_tokens=report_tokens)
 
 

@@ -71,14 +71,18 @@ def stream(
         with evaluating(lm) as device:
             logits_BTV, state = lm(torch.tensor([ids], device=device), state=state, return_state=True)
         token = _pick(logits_BTV[0, -1].cpu(), temperature=temperature, generator=generator)
-        if isinstance(lm, ClockedLM) and isinstance(state, ClockState):
-            memory = Memory(state=state.now, last=token, learnt=Learnt(lm.clock, state))
-        else:
-            memory = Memory(state=state, last=token)
+        memory = _memory(lm, state, last=token)
         yield token, memory
         if token == end:
             return
         ids = [token]
+
+
+def _memory(lm: HopeLM | ClockedLM, state: LMState | ClockState, *, last: int) -> Memory:
+    if isinstance(state, LMState):
+        return Memory(state=state, last=last)
+    assert isinstance(lm, ClockedLM)
+    return Memory(state=state.now, last=last, learnt=Learnt(lm.clock, state))
 
 
 def _pick(logits_V: torch.Tensor, *, temperature: float, generator: torch.Generator) -> int:

@@ -240,7 +240,8 @@ class _Reader:
         moved = self.state.levels.moved
         # views in the graph, so that the inner gradient sees this unit's use of the weights and not how earlier units used them
         leaves = {name: t.clone() if graph and t.requires_grad else t.detach().requires_grad_() for name, t in moved.items()}
-        parameters = {name: p if graph else p.detach() for name, p in lm.named_parameters()}
+        # without a graph through the updates nobody asks for gradients of the trained weights, and nothing is kept for them
+        parameters = {} if graph else {name: p.detach() for name, p in lm.named_parameters()}
         settings = {"state": memory, "doc_start_BT": _first(begins_B, mask_BN.shape[1]), "mask_BT": _unless_full(mask_BN)}
         with torch.enable_grad(), applied(self.model.matrices, leaves):
             logits, after = functional_call(lm, parameters, (tokens_BN,), settings)

@@ -7,7 +7,10 @@ control. Writes tools/bench/results/token_clock.json.
 """
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -32,7 +35,7 @@ LENGTH = 1024
 
 
 def cost(config: RunConfig) -> dict[str, Any]:
-    """CPU milliseconds a token and peak MiB of reading, frozen and with the clock."""
+    """CPU milliseconds a token, frozen and with the clock."""
     lm = HopeLM(config.model).requires_grad_(False)
     tokens = torch.randint(0, config.model.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     clock = ClockedLM(lm, TokenClockConfig(periods=PERIODS, lr=(1e-6,) * len(PERIODS)))
@@ -53,11 +56,28 @@ def cost(config: RunConfig) -> dict[str, Any]:
             "frozen_ms_per_token": round(1e3 * statistics.median(without for without, _ in pairs) / size / count, 4),
             "clock_ms_per_token": round(1e3 * statistics.median(with_clock for _, with_clock in pairs) / size / count, 4),
             "time_ratio": round(statistics.median(with_clock / without for without, with_clock in pairs), 2),
-            "frozen_peak_mib": round(peak_mib(frozen), 1),
-            "clock_peak_mib": round(peak_mib(clocked), 1),
         }
         print(name, found[name], flush=True)
     return found
+
+
+def peak(model: str) -> float:
+    """MiB that reading one document of LENGTH tokens in one call adds at its peak; to be called in a process of its own."""
+    config = load(ROOT / "configs" / "hope_tiny.toml").model
+    lm = HopeLM(config).requires_grad_(False)
+    clock = ClockedLM(lm, TokenClockConfig(periods=PERIODS, lr=(1e-6,) * len(PERIODS)))
+    tokens = torch.zeros(1, LENGTH, dtype=torch.long)
+    reader = lm if model == "frozen" else clock
+    reader(tokens[:, : 2 * PERIODS[0]], return_state=True)
+    return peak_mib(lambda: reader(tokens, return_state=True))
+
+
+def in_fresh_process(model: str) -> float:
+    """`peak` with a malloc that gives memory back."""
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tools.bench.token_clock", "--peak", model]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **malloc})
+    return round(float(done.stdout), 1)
 
 
 def bytes_per_sequence(name: str) -> dict[str, float]:
@@ -100,11 +120,17 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("run", nargs="?", type=Path)
     arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--peak", choices=["frozen", "clock"], help="print the peak memory of one reading and do nothing else")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
+    if options.peak:
+        print(peak(options.peak))
+        return 0
     results: dict[str, Any] = {"environment": environment(), "threads": options.threads, "periods": PERIODS}
     results["mib_per_sequence"] = {name: bytes_per_sequence(name) for name in ("hope_tiny", "hope_170m", "hope_1p3b")}
     print(results["mib_per_sequence"], flush=True)
+    results["peak_mib_hope_tiny"] = {model: in_fresh_process(model) for model in ("frozen", "clock")}
+    print(results["peak_mib_hope_tiny"], flush=True)
     results["cost_hope_tiny"] = cost(load(ROOT / "configs" / "hope_tiny.toml"))
     if options.run:
         results["worth"] = worth(options.run)

@@ -11,8 +11,9 @@ the inner optimizer's, each with moments of its own; the moments of W outlive a 
 what a level knows. The last step of W in an interval would be undone at once and is not taken.
 
 `Nested` stands between `Clocked` and a torch optimizer and has the interface of one: a call with `.grad` None is one within the level's own
-period. r must be a multiple of that period. Phi and the sum are kept within an interval only: at its ends Phi is W, and the sum is zero. All
-of it is optimizer state of the parameter, under keys that begin with "initial"; numbers are tensors without dimensions, as torch's "step".
+period. r must be a multiple of that period. Phi and the sum are kept within an interval only: at its ends Phi is W, and the sum is zero.
+All of it is optimizer state of the parameter, under keys that begin with "initial"; numbers are tensors without dimensions, as torch's
+"step".
 """
 
 from dataclasses import dataclass, field

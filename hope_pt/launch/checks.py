@@ -41,9 +41,11 @@ class Findings:
 
 
 def resolve(job: Job) -> RunConfig:
-    """The configuration as the batch script passes it on. Raises ConfigError."""
-    out = [] if any(one.startswith("out=") for one in job.arguments) or not job.cluster.values.get("HOPE_OUT") else [_out(job)]
-    return configs.load(job.config if Path(job.config).is_absolute() else ROOT / job.config, [*job.arguments, *out])
+    """The configuration as the batch script passes it on, with relative paths taken from the repository. Raises ConfigError."""
+    given = any(one.startswith("out=") for one in job.arguments)
+    out = job.cluster.values.get("HOPE_OUT")
+    config = configs.load(ROOT / job.config, [*job.arguments, *([f"out={out}"] if out and not given else [])])
+    return config.model_copy(update={"out": str(ROOT / config.out)})
 
 
 def check_job(job: Job, *, environment: Mapping[str, str] = os.environ) -> tuple[RunConfig | None, Findings]:
@@ -67,10 +69,6 @@ def check_job(job: Job, *, environment: Mapping[str, str] = os.environ) -> tuple
         findings.check(lambda: _packages(found))
     findings.verdict = ask_scheduler(job, findings, environment=environment)
     return config, findings
-
-
-def _out(job: Job) -> str:
-    return f"out={job.cluster.values['HOPE_OUT']}"
 
 
 def _shape(job: Job) -> list[str]:
@@ -137,8 +135,9 @@ def _samples(config: RunConfig) -> None:
     """The data exist, have the configured length and fit the vocabulary."""
     from hope_pt import data
 
+    settings = config.data.model_copy(update={"path": str(ROOT / config.data.path)}) if config.data.path else config.data
     for split in ("train", "heldout"):
-        data.open_source(config.data, split=split, vocab_size=config.model.vocab_size).close()
+        data.open_source(settings, split=split, vocab_size=config.model.vocab_size).close()
 
 
 def _disk(config: RunConfig, warnings: list[str]) -> str | None:
@@ -180,7 +179,7 @@ def _existing(config: RunConfig) -> list[str]:
             check_config(config, stored=configs.loads(stored.read_text(encoding="utf-8"), source=str(stored)), step=committed_step(path))
         except HopeError as error:
             problems.append(str(error))
-    if config.train.start_from and not Path(config.train.start_from).exists():
+    if config.train.start_from and not (ROOT / config.train.start_from).exists():
         problems.append(f"train.start_from = {config.train.start_from!r}: no such run or checkpoint")
     return problems
 

@@ -67,7 +67,7 @@ class Cluster:
             found.append(f"cluster {self.name!r}: HOPE_GPUS_PER_NODE = {gpus!r}: expected a number")
         container, image = self.values.get("HOPE_CONTAINER", "") or "none", self.values.get("HOPE_IMAGE", "")
         if container not in CONTAINERS:
-            found.append(f"cluster {self.name!r}: HOPE_CONTAINER = {container!r}: expected {', '.join(CONTAINERS)}")
+            found.append(f"cluster {self.name!r}: HOPE_CONTAINER = {container!r}: expected none, pyxis or apptainer")
         elif container != "none" and not image:
             found.append(f"cluster {self.name!r}: HOPE_CONTAINER = {container!r} without HOPE_IMAGE; name the image")
         elif container != "none" and image.startswith("/") and not Path(image).exists():

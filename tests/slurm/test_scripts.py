@@ -1,0 +1,179 @@
+"""The shell half without a cluster: the decision as a table, the record of attempts, containers as rendered lines, shellcheck."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hope_pt.errors import ConfigError
+from hope_pt.launch.cluster import Cluster, read_cluster
+from hope_pt.launch.render import make_job, srun_line
+
+ROOT = Path(__file__).resolve().parents[2]
+LIB = ROOT / "slurm" / "lib"
+SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *LIB.glob("*.sh"), *(ROOT / "tools" / "onebox_slurm").glob("*.sh")])
+
+
+def bash(text: str, *arguments: str, **environment: str) -> str:
+    done = subprocess.run(["bash", "-c", text, "test", *arguments], env=os.environ | environment, capture_output=True, text=True)
+    return done.stdout.strip() + done.stderr.strip()
+
+
+# rc, verdict, state, reason, job state, fruitless attempts -> action, exit code of the job
+TABLE = [
+    ((0, "", "done", "", "RUNNING", 0), "done", 0),
+    ((0, "", "", "", "RUNNING", 0), "done", 0),  # the run had all its steps already and wrote nothing
+    ((0, "", "done", "", "COMPLETING", 0), "done", 0),
+    ((0, "", "done", "", "PREEMPTED", 0), "done", 0),
+    ((0, "", "stopped", "usr1", "RUNNING", 0), "requeue", 1),
+    ((143, "", "stopped", "usr1", "RUNNING", 0), "requeue", 1),
+    ((0, "", "stopped", "usr1", "RUNNING", 3), "give-up", 93),  # every attempt is over before its first step
+    ((0, "", "stopped", "term", "RUNNING", 0), "stopped", 0),
+    ((0, "", "stopped", "stop", "RUNNING", 0), "stopped", 0),
+    ((143, "", "stopped", "term", "RUNNING", 0), "requeue", 1),  # srun sends SIGTERM when one rank has failed
+    ((0, "", "stopped", "term", "PREEMPTED", 0), "requeue", 1),
+    ((143, "", "running", "", "PREEMPTED", 3), "requeue", 1),  # preemption is not the run's fault
+    ((143, "", "running", "", "COMPLETING", 0), "leave", 1),
+    ((143, "", "stopped", "term", "CANCELLED", 0), "leave", 1),
+    ((143, "2", "failed", "", "CANCELLED", 0), "leave", 1),
+    ((0, "", "stopped", "usr1", "TIMEOUT", 0), "leave", 1),
+    ((1, "", "running", "", "", 0), "leave", 1),  # the scheduler does not answer: no proof that the job was not cancelled
+    ((143, "2", "", "", "RUNNING", 0), "user", 2),
+    ((143, "93", "diverged", "", "RUNNING", 0), "never", 93),
+    ((143, "", "diverged", "", "RUNNING", 0), "never", 93),
+    ((137, "", "running", "", "RUNNING", 2), "requeue", 1),
+    ((137, "", "running", "", "RUNNING", 3), "give-up", 93),
+    ((1, "", "failed", "", "RUNNING", 1), "requeue", 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("facts", "action", "code"), TABLE, ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None
+)
+def test_the_decision(facts, action, code):
+    text = f'. {LIB}/decide.sh; hope_decide "$@"'
+    assert bash(text, *map(str, facts)) == action
+    assert bash(f". {LIB}/decide.sh; hope_exit_code {action}") == str(code)
+    assert bash(f". {LIB}/decide.sh; hope_say {action} X")
+
+
+def record(path: Path, lines: list[str], *, committed: int, start: int, lineage: str = "7") -> str:
+    (path / "slurm").mkdir()
+    (path / "slurm" / "attempts").write_text("".join(line + "\n" for line in lines))
+    (path / "checkpoints" / f"step-{committed:08d}").mkdir(parents=True)
+    (path / "checkpoints" / ".tmp-step-00000999").mkdir()
+    settings = {"HOPE_RUN_DIR": str(path), "HOPE_LINEAGE": lineage, "HOPE_FROM": str(start), "HOPE_ATTEMPT": "9"}
+    return bash(f". {LIB}/attempts.sh; hope_fruitless; hope_committed; hope_next_attempt", **settings)
+
+
+@pytest.mark.parametrize(
+    ("ends", "committed", "start", "fruitless"),
+    [
+        ([], 0, 0, 1),
+        ([], 8, 4, 0),
+        (["8 from=8", "8 from=8"], 8, 8, 3),
+        (["4 from=4", "8 from=4"], 8, 8, 1),  # the attempt before this one has advanced
+        (["8 from=8", "8 from=8"], 16, 8, 0),
+        (["8 from=8 rc=0 action=leave", "8 from=8"], 8, 8, 2),  # a cancellation or requeue by others counts for nothing
+    ],
+)
+def test_attempts_without_progress_are_counted(tmp_path, ends, committed, start, fruitless):
+    lines = [f"end {n} job=7.{n} step={end}{'' if 'action' in end else ' rc=1 action=requeue'} time=x" for n, end in enumerate(ends)]
+    other = ["end 1 job=6.0 step=8 from=8 rc=1 action=requeue time=x", "end 1 job=77.0 step=8 from=8 rc=1 action=requeue time=x"]
+    assert record(tmp_path, [*other, *lines], committed=committed, start=start).split() == [str(fruitless), str(committed), "1"]
+
+
+def job(**values: str):
+    return make_job(Path("hope_1p3b"), config="", options=[], arguments=[], cluster=Cluster("test", values))
+
+
+def test_the_srun_line_without_a_container():
+    line = srun_line(
+        job(HOPE_COMMAND="hope"), arguments=["configs/hope_1p3b.toml", "data.path=a b"], environment={"PATH": os.environ["PATH"]}
+    )
+    assert line == (f"srun --kill-on-bad-exit=1 --label --unbuffered {LIB}/task.sh hope train configs/hope_1p3b.toml data.path=a\\ b")
+
+
+def test_the_srun_line_with_pyxis():
+    values = {"HOPE_CONTAINER": "pyxis", "HOPE_IMAGE": "nvcr.io#nvidia/pytorch:25.09-py3", "HOPE_MOUNTS": "/scratch:/scratch"}
+    words = srun_line(job(**values, HOPE_SRUN_OPTIONS="--mpi=none"), arguments=["c.toml"]).split()
+    assert words == [
+        *("srun", "--kill-on-bad-exit=1", "--label", "--unbuffered", "--mpi=none"),
+        "--container-image=nvcr.io#nvidia/pytorch:25.09-py3",
+        f"--container-mounts={ROOT}:{ROOT}\\,/scratch:/scratch",
+        f"--container-workdir={ROOT}",
+        "--no-container-entrypoint",
+        *(f"{LIB}/task.sh", "hope", "train", "c.toml"),
+    ]
+
+
+@pytest.mark.parametrize("gpus", ["8", "0"])
+def test_the_srun_line_with_apptainer(gpus):
+    values = {"HOPE_CONTAINER": "apptainer", "HOPE_IMAGE": "/images/hope.sif", "HOPE_GPUS_PER_NODE": gpus}
+    words = srun_line(job(**values), arguments=["c.toml"]).split()
+    assert words == [
+        *("srun", "--kill-on-bad-exit=1", "--label", "--unbuffered"),
+        *("apptainer", "exec", "--bind", f"{ROOT}:{ROOT}", "--pwd", str(ROOT)),
+        *(["--nv"] if gpus == "8" else []),
+        *("/images/hope.sif", f"{LIB}/task.sh", "hope", "train", "c.toml"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"HOPE_CONTAINER": "docker", "HOPE_IMAGE": "x"}, "expected none, pyxis or apptainer"),
+        ({"HOPE_CONTAINER": "pyxis"}, "without HOPE_IMAGE"),
+    ],
+)
+def test_a_wrong_container_is_refused_by_both_readers(values, said):
+    with pytest.raises(ConfigError, match=said):
+        srun_line(job(**values), arguments=["c.toml"])
+    assert said in " ".join(Cluster("test", values).problems())
+
+
+def test_both_readers_of_a_cluster_file_agree(tmp_path):
+    file = tmp_path / "site.env"
+    file.write_text("# a comment\n\nHOPE_SRUN_OPTIONS=--mpi=none --cpu-bind=none\nNCCL_IB_HCA=mlx5_0:1,mlx5_1:1\nHOPE_GPUS_PER_NODE=4\n")
+    keys = ("HOPE_SRUN_OPTIONS", "NCCL_IB_HCA", "HOPE_GPUS_PER_NODE")
+    text = f". {LIB}/env.sh; hope_cluster {file}; printf '%s\\n' " + " ".join(f'"${key}"' for key in keys)
+    seen = bash(text, HOPE_ROOT=str(ROOT), HOPE_GPUS_PER_NODE="2").splitlines()
+    assert seen == ["--mpi=none --cpu-bind=none", "mlx5_0:1,mlx5_1:1", "2"], "what the environment has wins"
+    values = read_cluster(str(file), {"HOPE_GPUS_PER_NODE": "2"}).values
+    assert [values[key] for key in keys] == seen
+    file.write_text("export NCCL_IB_HCA=1\n")
+    assert "expected KEY=value" in bash(text, HOPE_ROOT=str(ROOT))
+    with pytest.raises(ConfigError, match="expected KEY=value"):
+        read_cluster(str(file), {})
+
+
+@pytest.mark.parametrize("name", ["example", "onebox"])
+def test_shipped_cluster_files_are_right(name):
+    assert read_cluster(name, {}).problems() == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script):
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
+    done = subprocess.run(["shellcheck", "-x", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_virtual_cluster_says_what_is_missing(tmp_path):
+    start = ROOT / "tools" / "onebox_slurm" / "start.sh"
+    done = subprocess.run(
+        ["/bin/bash", str(start), "--dir", str(tmp_path / "c")], env={"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 77 and "apt-get install" in done.stderr and "slurmctld" in done.stderr
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_job_script_outside_slurm_says_so(tmp_path):
+    done = subprocess.run([str(ROOT / "slurm" / "hope_1p3b.sh"), "wrong"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "expected key=value" in done.stderr
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    done = subprocess.run([str(ROOT / "slurm" / "hope_1p3b.sh"), f"out={tmp_path}"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "submit it with sbatch" in done.stderr and list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(part, "")
     shapes = {name: tuple(value.shape) for name, value in nn.HopeLM(settings.model, device=torch.device("meta")).named_parameters()}
     console.print("optimizer groups", style="italic")
-    console.print(optim.table(shapes, config=settings.model), highlight=False, soft_wrap=True)
+    console.print(optim.table(shapes, config=settings.model, optim=settings.optim), highlight=False, soft_wrap=True)
 
 
 def _parameters(settings: RunConfig) -> Table:

@@ -13,6 +13,7 @@ from hope_pt.cli.tables import table
 from hope_pt.errors import DataError, EvalError
 from hope_pt.evals import audit, audit_state, audit_tokens
 from hope_pt.evals.generation import load_memory
+from hope_pt.optim.held import level_of
 from hope_pt.train.trained import Trained, load_trained, require_tokenizer
 
 SEQUENCES = 32
@@ -72,6 +73,7 @@ def _audit_run(path: Path, arguments: argparse.Namespace) -> None:
     for part in (_changes(changes, title=f"{config.name}, step {trained.step}: change since {origin}"), _undone(loss, undone, origin)):
         console.print(part, "")
     _print_driven(driven, console)
+    print("change: |W - W_start| / |W_start|")
 
 
 def _decoder(trained: Trained) -> audit_tokens.Decode:
@@ -84,8 +86,14 @@ def _decoder(trained: Trained) -> audit_tokens.Decode:
 
 
 def _changes(changes: list[audit.Change], *, title: str):
-    rows = [(one.row, f"{one.change:.2%}", one.matrix, f"{one.matrix_change:.2%}") for one in changes]
-    return table(title, "level and block, or class", "|W - W_start| / |W_start|", "changed most", "by", rows=rows)
+    rows = [(one.row, f"{one.change:.2%}", _short(one.matrix), f"{one.matrix_change:.2%}") for one in changes]
+    return table(title, "part", "change", "changed most", "by", rows=rows)
+
+
+def _short(name: str) -> str:
+    """A parameter's name without the level that its row says, and without "blocks."."""
+    place = level_of(name)
+    return name.partition(f".levels.{place[0]}.")[2] if place else name.removeprefix("blocks.")
 
 
 def _undone(loss: float, undone: list[audit.Undone], origin: str):

@@ -43,7 +43,7 @@ def updates(run: Curve) -> str:
         maps = [
             plots.heat_map(run, rows=rows, title=f"Level {level}: {title}", unit="block", log=log) for level, rows in sorted(levels.items())
         ]
-        maps.append(plots.heat_map(run, rows=others, title=f"Other parameters: {title}", unit="class", log=log))
+        maps.append(plots.heat_map(run, rows=others, title=f"Others: {title}", unit="class", log=log))
         if any(maps):
             parts.append(f'<p class="sub">{escape(caption)}</p>{row(*maps)}')
     since = {key.removeprefix("optim/").removesuffix("/since"): key for key in run.keys("optim/level") if key.endswith("/since")}

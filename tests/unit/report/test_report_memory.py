@@ -33,11 +33,11 @@ def test_every_level_has_a_panel_with_its_blocks_in_order(run, monkeypatch):
     updates(run)
     titles = {title: (rows, log) for title, rows, log in drawn if rows}
     assert list(titles) == [
-        "Level 0: relative update", "Level 1: relative update", "Other parameters: relative update",
-        "Other parameters: drift from the start", "Steps since the last update",
+        "Level 0: relative update", "Level 1: relative update", "Others: relative update",
+        "Others: drift from the start", "Steps since the last update",
     ]  # fmt: skip
     assert list(titles["Level 0: relative update"][0]) == [str(block) for block in range(11)]
-    assert titles["Level 0: relative update"][1] and not titles["Other parameters: drift from the start"][1]
+    assert titles["Level 0: relative update"][1] and not titles["Others: drift from the start"][1]
     assert titles["Steps since the last update"][0] == {"level0": "optim/level0/since", "level1": "optim/level1/since"}
 
 

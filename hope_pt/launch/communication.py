@@ -2,7 +2,8 @@
 
 What a collective of n ranks sends is counted as ring algorithms do it: an all-reduce 2 (n - 1) / n of its tensor, an all-gather and a
 reduce-scatter (n - 1) / n of the whole one, an all-to-all (n - 1) / n of its input, a message all of it. Norms of gradients, losses and
-counts of tokens (a few numbers a step) are left out. `hope_pt.testing.communication` counts the same in a real run.
+counts of tokens (a few numbers a step) are left out, and so are the measurements of the levels every eval.levels_every steps.
+`hope_pt.testing.communication` counts the same in a real run.
 Legend: S bytes of the residual stream of one micro-batch on a context-parallel rank (rows * tokens * width), L blocks of the stage,
 m micro-batches, n ranks of the axis.
 """

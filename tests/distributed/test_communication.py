@@ -38,7 +38,9 @@ def config_of(layout: str, *, mixer="titans", precision="fp32") -> RunConfig:
     layers = 4 if layout == "pp2-virtual" else 2
     model = tiny_model(mixer=mixer, periods=(1, 2)).model_copy(update={"num_layers": layers, "num_heads": 4, "width": 64})
     config = tiny_run(model=model, global_batch_size=4, seq_len=16, precision=precision)
-    return with_engine(config, **LAYOUTS[layout])
+    # Measurements of the levels are not part of every step.
+    unmeasured = config.model_copy(update={"eval": config.eval.model_copy(update={"levels_every": 0})})
+    return with_engine(unmeasured, **LAYOUTS[layout])
 
 
 def count(launch: Launch, configs: dict[str, RunConfig]) -> dict[str, Counter]:

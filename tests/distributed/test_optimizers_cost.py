@@ -11,6 +11,8 @@ from hope_pt.engine import Launch
 from hope_pt.engine.layerwise import BUCKET_BYTES, buckets, owners
 from hope_pt.engine.mesh import check_mesh
 from hope_pt.launch.communication import sent
+from hope_pt.launch.gpus import GPUS
+from hope_pt.launch.speed import ASSUMED, optimizer_s, step_time
 from hope_pt.launch.weights import checkpoint_bytes, held, owned, weight_bytes
 from hope_pt.testing import run_distributed, tiny_model, tiny_run
 from hope_pt.testing.communication import CommunicationCounter
@@ -39,8 +41,10 @@ def config_of(case: str) -> RunConfig:
     mixer = "titans" if case == WITH_MEMORIES else "attention"
     model = tiny_model(mixer=mixer, periods=(1, 2)).model_copy(update={"num_heads": 4, "width": 32})
     optim = OptimConfig(name=rule, memory="muon", m3=M3Config(slow_every=2), deep_momentum=DeepMomentumConfig(hidden=4))
-    config = tiny_run(model=model, global_batch_size=4, seq_len=16).model_copy(update={"optim": optim})
-    return with_engine(config, **layout)
+    config = tiny_run(model=model, global_batch_size=4, seq_len=16)
+    # Measurements of the levels are not part of every step.
+    unmeasured = config.eval.model_copy(update={"levels_every": 0})
+    return with_engine(config.model_copy(update={"optim": optim, "eval": unmeasured}), **layout)
 
 
 def measure(launch: Launch, cases: list[str]) -> dict[str, tuple[Counter, int]]:
@@ -87,14 +91,26 @@ def test_the_planner_knows_what_is_kept(measured, case):
     assert max(size for _, size in measured[case]) == found.optimizer + found.accumulated
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_m3_takes_little_of_a_step(sharded):
+    """170M, 0.5M tokens a batch, 8 GPUs, by the planner's count; the broadcast of the weights included, as if nothing hid it."""
+    ours = ["optim.name=m3", "optim.memory=m3", "engine.overlap_param_gather=false", f"engine.distributed_optimizer={str(sharded).lower()}"]
+    config, gpu = load("configs/hope_170m.toml", ours), GPUS["h100"]
+    mesh = check_mesh(config, world_size=8)
+    assert config.train.global_batch_size * config.data.seq_len == 2**19
+    own = optimizer_s(config, mesh, gpu) + sent(config, mesh, stage=0).parameters / (gpu.nvlink * ASSUMED.links)
+    share = own / step_time(config, mesh, gpu).total
+    assert 0.001 < share < (0.01 if sharded else 0.03)
+
+
 def test_owners_are_balanced_in_every_class_of_periods():
-    """At 170M over 8 ranks; the embedding is one parameter and the largest share."""
+    """At 170M over 8 ranks: the 36 equal matrices of a level make 4 or 5 for a rank."""
     config = load("configs/hope_170m.toml", ["optim.name=m3", "engine.overlap_param_gather=false"])
     ranks = owned(config, check_mesh(config, world_size=8), stage=0)
     assert sorted(p.name for own in ranks for p in own) == sorted(p.name for p in held(config, check_mesh(config, world_size=8), stage=0))
     for period in config.model.cms.periods:
         loads = [sum(p.cost for p in own if p.period == period) for own in ranks]
-        assert max(loads) <= 1.1 * sum(loads) / len(loads), period
+        assert max(loads) <= 1.12 * sum(loads) / len(loads), period
 
 
 def test_owners_are_the_same_for_any_order_of_the_names():

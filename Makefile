@@ -135,6 +135,27 @@ failure-trials: $(VENV)/.stamp-base ## kill, stop or break one rank of real jobs
 checkpoint-faults: $(VENV)/.stamp-base ## 200 faults against checkpoints of two ranks, and against plain torch.distributed.checkpoint
 	$(BIN)/python -W ignore -m tools.checkpoint_faults --out tools/bench/results/checkpoint_faults.json
 
+# The cluster's tests need Slurm's Debian packages and root; without them they are skipped and say so. submitit is pure Python.
+$(VENV)/.stamp-slurm: $(VENV)/.stamp-full
+	$(PIP) -e '.[slurm]'
+	@touch $@
+
+.PHONY: test-slurm
+test-slurm: $(VENV)/.stamp-slurm ## every scenario on a real Slurm of virtual nodes on this machine (root, slurm-wlm); docs/slurm.md
+	HOPE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
+
+.PHONY: test-slurm-short
+test-slurm-short: $(VENV)/.stamp-slurm ## the short lane of the same, a few minutes
+	HOPE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm -m "not slow" $(PYTEST_ARGS)
+
+.PHONY: slurm-up
+slurm-up: ## start the Slurm of virtual nodes; prints the variable that its commands need
+	tools/onebox_slurm/start.sh
+
+.PHONY: slurm-down
+slurm-down: ## end it, and its jobs
+	tools/onebox_slurm/stop.sh
+
 .PHONY: golden
 golden: $(VENV)/.stamp-base ## rewrite tests/golden/configs after a deliberate change of a configuration
 	$(BIN)/python tools/golden_configs.py

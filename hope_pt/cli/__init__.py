@@ -1,5 +1,4 @@
-"""The `hope` command: `train`, `eval`, `generate`, `stack`, `memory`, `report`, `summary`, `estimate`, `doctor`, `config`,
-`launch`.
+"""The `hope` command: `train`, `eval`, `generate`, `stack`, `memory`, `report`, `summary`, `estimate`, `doctor`, `config`, `launch`.
 
 This file parses arguments and turns exceptions into exit codes; each command is a module that is imported when it runs, so that
 `hope --help` answers at once. Exit codes: 0 done; 2 the user's error, one line on standard error; 1 our bug, with its traceback;

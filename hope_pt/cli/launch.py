@@ -14,6 +14,12 @@ from hope_pt.launch.cluster import SCRIPTS, read_cluster
 from hope_pt.launch.render import Job, make_job
 
 
+class BadNodesError(HopeError):
+    """Preflight names nodes that a job should leave out; the exit code is neither a person's mistake nor a crash."""
+
+    exit_code = 3
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Runs one action."""
     actions = {
@@ -23,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         "status": _status,
         "watch": _watch,
         "cancel": _cancel,
+        "preflight": _preflight,
         "sweep": _sweep,
         "eval": _tasks,
         "data": _tasks,
@@ -185,6 +192,21 @@ def _cancel(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{path}: no such run directory")
     jobs = cancel(path)
     print(f"cancelled: {' '.join(jobs)}" if jobs else f"no job of {path} is in the queue")
+
+
+def _preflight(arguments: argparse.Namespace) -> None:
+    from hope_pt.cli.launcher import launch_from_environment
+    from hope_pt.launch.preflight import preflight
+
+    directory = Path(arguments.run)
+    verdict = preflight(launch_from_environment(), directory=directory, environment=os.environ)
+    if verdict is None:
+        return
+    print("\n".join(verdict.lines), flush=True)
+    if verdict.bad:
+        if (directory / "slurm").is_dir():
+            (directory / "slurm" / "bad-node").write_text("".join(f"{node}\n" for node in sorted(verdict.bad)), encoding="utf-8")
+        raise BadNodesError(f"preflight found bad nodes: {', '.join(sorted(verdict.bad))}")
 
 
 def _sweep(arguments: argparse.Namespace) -> None:

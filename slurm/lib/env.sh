@@ -30,7 +30,7 @@ hope_address() {
     echo "hope: 'scontrol show hostnames $SLURM_JOB_NODELIST' failed on $(hostname), so there is no address for rank 0" >&2
     return 1
   fi
-  export MASTER_ADDR=${hosts%%$'\n'*}
+  export MASTER_ADDR=${hosts%%$'\n'*} HOPE_HOSTS=${hosts//$'\n'/,}
   export MASTER_PORT=$((16384 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0} % 16) % 16384))
 }
 

@@ -1,0 +1,201 @@
+"""`hope launch` around a run: status from files, problems, sweeps as submitit's text, preflight's judgement; no cluster but in the last."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hope_pt import cli
+from hope_pt.engine.probe import Probe
+from hope_pt.errors import ConfigError
+from hope_pt.launch import sweep
+from hope_pt.launch.preflight import judge
+from hope_pt.launch.watch import run_status
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_run(path: Path, *, state: str = "running", attempts: tuple[str, ...] = (), age: float = 0.0) -> Path:
+    """A run that is at step 40 of 100, one step in two seconds, its newest line `age` seconds old."""
+    now = time.time() - age
+    (path / "slurm").mkdir(parents=True)
+    for step in (16, 32):
+        (path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    lines = [{"step": s, "loss": 4.0 - s / 100, "tokens_per_s": 1000.0, "time": now - 2 * (40 - s)} for s in range(1, 41)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 41, "lo')
+    (path / "status.json").write_text(json.dumps({"state": state, "step": 38, "num_steps": 100, "message": "", "time": now}))
+    (path / "slurm" / "attempts").write_text("".join(f"{line}\n" for line in attempts))
+    return path
+
+
+def test_the_status_of_a_run(tmp_path, capsys):
+    attempts = ("start 1 job=7.0 step=0", "end 1 job=7.0 step=16 from=0 rc=137 action=requeue", "start 2 job=7.1 step=16")
+    path = make_run(tmp_path / "big", attempts=attempts)
+    found = run_status(path, flops_rate=4e-4)
+    assert (found.step, found.num_steps, found.checkpoint, found.restarts) == (40, 100, 32, 1)
+    assert found.loss == pytest.approx(3.6) and found.tokens_per_s == 1000.0 and found.mfu == pytest.approx(0.4)
+    assert found.eta_s == pytest.approx(120, abs=1)
+    assert cli.main(["launch", "status", str(path)]) == 0
+    text = capsys.readouterr().out
+    for expected in (
+        "big: running, step 40 of 100",
+        "loss 3.6000, 1,000 tokens/s",
+        "time left 0:02 h",
+        "last checkpoint: step 32; restarts: 1",
+    ):
+        assert expected in text
+    assert cli.main(["launch", "status", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"age": 4000.0}, "no sign of life for 4000 s"),
+        ({"state": "diverged"}, "the run has diverged"),
+        ({"attempts": ("start 1 job=7.0 step=0", "end 1 job=7.0 step=0 from=0 rc=1 action=give-up")}, "'give-up'"),
+        ({"state": "done"}, ""),
+        ({"state": "done", "age": 4000.0}, ""),
+    ],
+)
+def test_a_watcher_names_the_problem(tmp_path, change, said, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/bin-without-slurm")
+    path = make_run(tmp_path / "run", **change)
+    assert said in run_status(path).problem and bool(said) == bool(run_status(path).problem)
+    assert cli.main(["launch", "watch", str(path), "--once"]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_run_is_a_mistake(tmp_path):
+    assert cli.main(["launch", "status", str(tmp_path / "nothing")]) == 2
+    assert cli.main(["launch", "cancel", str(tmp_path / "nothing")]) == 2
+
+
+def test_a_grid_has_every_combination():
+    found = sweep.grid(["optim.lr=1e-3,3e-3", "model.cms.periods=[1, 2],[1, 4]", "train.seed=0"])
+    assert found == [
+        (f"optim.lr={lr}", f"model.cms.periods={periods}", "train.seed=0") for lr in ("1e-3", "3e-3") for periods in ("[1, 2]", "[1, 4]")
+    ]
+    for wrong in ("optim.lr", "optim.lr=", "optim.lr=1,", "optim.lr=1,,2"):
+        with pytest.raises(ConfigError, match="key=value,value"):
+            sweep.grid([wrong])
+    with pytest.raises(ConfigError, match="more than 1000"):
+        sweep.grid([f"{key}={','.join(map(str, range(11)))}" for key in ("a", "b", "c")])
+
+
+def test_a_sweep_is_rendered_without_slurm(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hope-pt[slurm]'")
+    monkeypatch.setenv("HOPE_CLUSTER", "example")
+    arguments = ["optim.lr=1e-3,3e-3", "train.seed=0,1", "name=lr", f"out={tmp_path}"]
+    options = ["--time=2:00:00", "--parallel=2", f"--folder={tmp_path}/jobs", "--print"]
+    assert cli.main(["launch", "sweep", str(ROOT / "configs/hope_tiny.toml"), *arguments, *options]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        "--array=0-3%2",
+        "--partition=gpu",
+        "--account=my-project",
+        "--time=120",
+        "--gres=gpu:1",
+        "--nodes=1",
+        "--job-name=hope-sweep-lr",
+    ):
+        assert f"#SBATCH {line}\n" in text, text
+    assert f"# 3: hope train {ROOT}/configs/hope_tiny.toml optim.lr=3e-3 train.seed=1 name=lr-3 out={tmp_path}" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_key_of_a_sweep_is_found_before_it_is_submitted(capsys):
+    assert cli.main(["launch", "sweep", str(ROOT / "configs/hope_tiny.toml"), "optim.lrr=1,2", "--print"]) == 2
+    assert "did you mean optim.lr" in capsys.readouterr().err
+
+
+def test_data_preparation_is_a_job_too(capsys):
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hope-pt[slurm]'")
+    assert cli.main(["launch", "data", "--print", "--", "tokenize", "--out", "x"]) == 0
+    assert "# 0: hope-data tokenize --out x" in capsys.readouterr().out
+
+
+def reports(**slow: float) -> dict[int, dict]:
+    return {rank: {"node": f"n{rank // 2 + 1}", "problems": [], "product_s": slow.get(f"r{rank}", 0.010)} for rank in range(8)}
+
+
+def test_preflight_names_slow_missing_and_damaged_nodes():
+    hosts = ["n1", "n2", "n3", "n4"]
+    assert judge(Probe(reports(), [], 0.01), hosts=hosts, world_size=8, kind="cuda").bad == {}
+    assert list(judge(Probe(reports(r5=0.0125), [], 0.01), hosts=hosts, world_size=8, kind="cuda").bad) == ["n3"]
+    assert judge(Probe(reports(r5=0.0115), [], 0.01), hosts=hosts, world_size=8, kind="cuda").bad == {}
+    heard = {rank: report for rank, report in reports().items() if rank != 6}
+    assert "rank 6 does not reach rank 0" in judge(Probe(heard, [6], None), hosts=hosts, world_size=8, kind="cuda").bad["n4"][0]
+    damaged = reports()
+    damaged[2]["problems"] = ["GPU 1 has 3 uncorrected memory errors"]
+    assert list(judge(Probe(damaged, [], 0.01), hosts=hosts, world_size=8, kind="cuda").bad) == ["n2"]
+
+
+@pytest.mark.parametrize("present", [(0, 1, 2, 3), (0, 1, 2)], ids=["all", "one missing"])
+def test_preflight_in_four_processes(tmp_path, present):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "slurm").mkdir()
+    program = (
+        "import sys; from hope_pt import cli; from hope_pt.launch import preflight; preflight.JOIN_S = 20.0;"
+        "preflight.SLOWER = {'cpu': 1e9}; sys.exit(cli.main(['launch', 'preflight', sys.argv[1]]))"
+    )
+    processes = []
+    for rank in present:
+        place = {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2), "SLURMD_NODENAME": f"n{rank // 2 + 1}"}
+        environment = place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOPE_HOSTS": "n1,n2", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    texts = [process.communicate(timeout=100)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    if len(present) == 4:
+        assert codes == [0, 0, 0, 0] and "preflight: 4 of 4 ranks" in texts[0], texts
+        assert not (tmp_path / "slurm" / "bad-node").exists()
+    else:
+        assert codes == [3, 0, 0] and "node n2 is bad: rank 3 does not reach rank 0" in texts[0], texts
+        assert (tmp_path / "slurm" / "bad-node").read_text() == "n2\n"
+
+
+def test_submit_status_and_cancel_on_a_cluster(cluster, run):
+    """The whole way of a person: submit, look, cancel; then nothing of the run is left in the queue."""
+    hope = [sys.executable, "-m", "hope_pt", "launch"]
+    settings = {"HOPE_COMMAND": run.command, "HOPE_PREFLIGHT": "0", "FAKE_STEPS": "500", "HOPE_CLUSTER": "onebox"}
+    config = run.path.parent / "tiny.toml"
+    config.write_text((ROOT / "configs" / "hope_tiny.toml").read_text())
+    place = [f"--config={config}", f"name={run.path.name}", f"out={run.path.parent}", "data.source=mqar", "engine.device=cpu"]
+    shape = ["--nodes=2", "--tasks-per-node=2", "--sbatch=--cpus-per-task=1", "engine.micro_batch_size=2", "data.mqar.gap=8"]
+    done = cluster.run(*hope, "submit", "hope_760m", *place, *shape, check=False, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = done.stdout.rsplit("job ", 1)[1].split(";")[0]
+    run.wait_for_step(3)
+    status = json.loads(cluster.run(*hope, "status", run.path, "--json").stdout)
+    assert status["state"] == "running" and status["job"] == f"job {job} (RUNNING)" and status["step"] >= 3
+    refused = cluster.run(*hope, "submit", "hope_760m", *place, *shape, check=False, **settings)
+    assert refused.returncode == 2 and f"belongs to job {job} (RUNNING)" in refused.stdout
+    assert cluster.run(*hope, "cancel", run.path).stdout.strip() == f"cancelled: {job}"
+    run.wait_for_queue()
+    assert cluster.job(job)["JobState"] == "CANCELLED"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_sweep_through_submitit_runs(cluster, run):
+    """Two tiny evaluations' worth of work: `hope config show` stands for a command that ends by itself."""
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hope-pt[slurm]'")
+    program = (
+        "import sys; from pathlib import Path; from hope_pt.launch.sweep import *;"
+        "commands = [Command(('config', 'show', sys.argv[2], f'train.steps={n}')) for n in (3, 4)];"
+        "options = ['--nodes=1', '--ntasks-per-node=1', '--time=5', '--cpus-per-task=1', '--mem=100M'];"
+        "print(submit_all(commands, folder=Path(sys.argv[1]), settings=parameters(options, name='x'), parallel=2))"
+    )
+    folder = run.path.parent / "jobs"
+    done = cluster.run(sys.executable, "-c", program, folder, ROOT / "configs" / "hope_tiny.toml", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run.wait_for_queue(seconds=120)
+    logs = "".join(path.read_text() for path in sorted(folder.glob("*.out")))
+    assert "steps = 3" in logs and "steps = 4" in logs

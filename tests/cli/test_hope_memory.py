@@ -138,6 +138,19 @@ def test_since_a_checkpoint(watched, audited, capsys):
     assert all(0 < since[row] < start[row] for row in start)
 
 
+def test_a_run_that_began_with_other_weights(finished, settings, tmp_path, capsys, fails):
+    source = shutil.copytree(finished, tmp_path / "source")
+    overrides = [f"out={tmp_path}", "name=next", f'train.start_from="{source}"', "train.steps=2", "eval.levels_every=1", "eval.every=0"]
+    assert cli.main(["train", str(settings), *overrides]) == 0
+    found = json.loads(output(capsys, "memory", "audit", tmp_path / "next", "--json", "--sequences", 2, "--top", 1))
+    now, start = (load_trained(run).lm.state_dict()["embedding.weight"] for run in (tmp_path / "next", finished))
+    change = next(one["change"] for one in found["changes"] if one["row"] == "embedding")
+    assert change == pytest.approx(float((now - start).norm() / start.norm()), rel=1e-5)
+    assert found["updates"][0]["weights_step"] == 0
+    shutil.rmtree(source / "checkpoints" / "step-00000006")
+    assert "has other weights now than this run began with; name a step with --since" in fails("memory", "audit", tmp_path / "next")
+
+
 def test_the_tables_say_the_same(watched, audited, capsys):
     text = output(capsys, "memory", "audit", watched, "--sequences", 5, "--top", 2)
     assert f"{audited['undone'][1]['loss']:.4f}" in text and f"{audited['changes'][3]['change']:.2%}" in text

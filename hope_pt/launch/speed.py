@@ -20,13 +20,14 @@ from dataclasses import dataclass
 
 from hope_pt.config.schema import ModelConfig, RunConfig
 from hope_pt.engine.mesh import Mesh
+from hope_pt.engine.sharding import shard_axis
 from hope_pt.launch import activations
 from hope_pt.launch.allocations import Walk
 from hope_pt.launch.communication import sent
 from hope_pt.launch.gpus import GPU
 from hope_pt.launch.kernels import planned_model, scans
 from hope_pt.launch.memory import share_of
-from hope_pt.launch.weights import owned, weight_bytes
+from hope_pt.launch.weights import held, owned, weight_bytes
 from hope_pt.nn import flops_per_token
 
 
@@ -104,12 +105,17 @@ def step_time(config: RunConfig, mesh: Mesh, gpu: GPU, *, documents: int = 1, as
 def optimizer_s(config: RunConfig, mesh: Mesh, gpu: GPU, *, assumed: Assumptions = ASSUMED) -> float:
     """Seconds of the update itself: its memory traffic, and the matrix products of the rank with the most, divided over the tensor axis.
 
-    On the mean over steps: a level of period n has its products in every n-th.
+    On the mean over steps: a level of period n has its products in every n-th. DGD's sums of layer inputs, fp32 products of every forward
+    pass, are here too.
     """
     weights = weight_bytes(config, mesh, stage=0)
     traffic = 2 * (weights.optimizer + weights.accumulated) + weights.gradients + weights.weights
     products = max(sum(p.flops / p.period for p in own) for own in owned(config, mesh, stage=0)) / mesh.tensor
-    return traffic / (gpu.bandwidth * assumed.memory) + products / (gpu.bf16 * assumed.products)
+    seconds = traffic / (gpu.bandwidth * assumed.memory) + products / (gpu.bf16 * assumed.products)
+    tokens = mesh.num_microbatches * config.engine.micro_batch_size * mesh.tokens_per_rank
+    by_sequence = mesh.tensor if mesh.sequence_parallel else 1
+    watched = [(p.columns, by_sequence if shard_axis(p.name) == 0 else 1) for p in held(config, mesh, stage=0) if p.inputs]
+    return seconds + sum(2 * tokens * columns**2 / ranks for columns, ranks in watched) / (gpu.fp32 * assumed.fp32_products)
 
 
 @functools.cache

@@ -61,6 +61,38 @@ def test_generate_mistakes(finished, tmp_path, fails):
     assert "cannot write the memory" in fails("generate", finished, "--tokens", 1, "--save-memory", tmp_path / "absent" / "memory")
 
 
+def test_eval_reads_long_documents_with_and_without_a_token_clock(run_copy, fails, capsys):
+    common = ("eval", run_copy, "--sequences", 1, "--documents", 2, "--document-tokens", 200)
+    output(capsys, *common, "--token-clock", "32,64", "--token-lr", "1e-4")
+    values = json.loads((run_copy / "eval-step-6.json").read_text())["values"]
+    assert values["eval/document_tokens"] == values["eval/clock_tokens"]
+    assert values["eval/clock_bits_per_byte"] != values["eval/document_bits_per_byte"]
+    # the clock changes nothing before its first update
+    for low, high in ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32)):
+        name = f"loss_at_context/{low:04d}-{high:04d}"
+        assert values[f"eval/clock_{name}"] == pytest.approx(values[f"eval/document_{name}"], rel=1e-5)
+    output(capsys, *common)
+    assert "eval/clock_loss" not in json.loads((run_copy / "eval-step-6.json").read_text())["values"]
+    assert "one learning rate for each" in fails(*common, "--token-clock", "32,64")
+    assert "expected one number, or one for each of the 2" in fails(*common, "--token-clock", "1,2,3")
+    assert "expected numbers with commas" in fails(*common, "--token-clock", "x")
+    assert "does not divide" in fails(*common, "--token-clock", "32,48", "--token-lr", "1")
+    assert "the longest has" in fails("eval", run_copy, "--documents", 1, "--document-tokens", 10**7)
+
+
+def test_generate_with_a_token_clock_keeps_what_it_learnt_in_the_file(finished, tmp_path, fails, capsys):
+    memory = tmp_path / "memory.safetensors"
+    common = ("generate", finished, "--temperature", 0)
+    clock = ("--token-clock", "8,16", "--token-lr", "0.02")
+    whole = output(capsys, *common, *clock, "--prompt", "The king", "--tokens", 40).rstrip("\n")
+    first = output(capsys, *common, *clock, "--prompt", "The king", "--tokens", 25, "--save-memory", memory).rstrip("\n")
+    second = output(capsys, *common, "--tokens", 15, "--load-memory", memory).rstrip("\n")
+    assert first + second == whole
+    assert output(capsys, *common, "--tokens", 15, "--load-memory", memory, "--freeze").strip("\n")
+    assert "was written with --token-clock 8,16" in fails(*common, "--load-memory", memory, "--token-clock", "4,8", "--token-lr", 1)
+    assert "--freeze needs --load-memory" in fails(*common, "--freeze")
+
+
 def test_report_is_one_file_that_needs_nothing_else(run_copy, tmp_path, capsys):
     stored = tmp_path / "control.json"
     output(capsys, "report", run_copy, "--store-curve", stored)

@@ -1,6 +1,7 @@
 """Evaluations on models whose right answer is known: uniform, lookup and copying models, a hand-made corpus."""
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +11,17 @@ import pytest
 import torch
 
 from hope_pt.config import load
+from hope_pt.config.schema import TokenClockConfig
 from hope_pt.data import open_source
-from hope_pt.errors import EvalError
-from hope_pt.evals import Trigram, Unigram, baselines, bits_per_byte, evaluate, heldout, lm_losses, recall
+from hope_pt.errors import CheckpointError, EvalError
+from hope_pt.evals import Trigram, Unigram, baselines, bits_per_byte, documents, evaluate, heldout, lm_losses, read_documents, recall
+from hope_pt.evals.generation import load_memory, save_memory, stream
 from hope_pt.evals.language import context_length
 from hope_pt.evals.passkey import _score_batch, build, score
 from hope_pt.evals.scoring import batches, evaluating
 from hope_pt.nn import HopeLM
+from hope_pt.nn.token_clock import ClockedLM
+from hope_pt.testing.models import small_config
 
 VOCAB = 128
 
@@ -311,3 +316,64 @@ def test_a_fresh_model_starts_at_log_vocabulary_and_at_chance():
     assert first["eval/recall_accuracy"] < 0.2
     assert first["eval/recall_chance"] == pytest.approx(1 / 32)
     assert first["eval/recall_queries"] == 64 * 8
+
+
+def test_documents_are_whole_and_in_order_across_samples_and_reads(monkeypatch):
+    monkeypatch.setattr(sys.modules["hope_pt.evals.documents"], "READ_AT_ONCE", 2)
+    stream = np.arange(32 * 7 + 1) % VOCAB
+    source = FakeSource(stream, starts=(0, 3, 40, 64, 200))
+    cuts = [(3, 40), (64, 200)]
+    found = documents(source, count=2, least=30, most=100)
+    assert [text.tolist() for text in found] == [stream[a:b][:100].tolist() for a, b in cuts]
+    everything = documents(source, count=9, least=1, most=1000)
+    assert torch.cat(everything).tolist() == stream[:-1].tolist() and len(everything) == 5
+    with pytest.raises(EvalError, match="no held-out document has 500 tokens, the longest has 136"):
+        documents(source, count=1, least=500, most=500)
+
+
+CLOCK = TokenClockConfig(periods=(8, 16), lr=(0.05, 0.05))
+
+
+def test_reading_documents_does_not_depend_on_the_window_and_starts_afresh():
+    lm = HopeLM(small_config("paper"))
+    texts = [torch.randint(0, 50, (length,), generator=torch.Generator().manual_seed(length)) for length in (33, 25, 17)]
+    expected = torch.cat([lm.token_losses(text[None, :-1], text[None, 1:])[0] for text in texts]).detach()
+    result = read_documents(lm, texts, bytes_per_token=2.0, window=25)
+    assert result["eval/document_loss"] == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert (result["eval/document_tokens"], result["eval/document_bits_per_byte"]) == (72, pytest.approx(expected.mean() / math.log(4)))
+    first = [loss for text in texts for loss in lm.token_losses(text[None, :2], text[None, 1:3])[0, :1].tolist()]
+    assert result["eval/document_loss_at_context/0001-0001"] == pytest.approx(sum(first) / 3, rel=1e-5)
+    by_window = [read_documents(ClockedLM(lm, CLOCK), texts, bytes_per_token=2.0, window=window, name="") for window in (64, 25)]
+    for other in by_window[1:]:
+        assert other == pytest.approx(by_window[0], rel=1e-5)
+    assert abs(by_window[0]["eval/loss"] - result["eval/document_loss"]) > 1e-3
+
+
+def test_a_model_with_a_token_clock_learns_a_document_that_repeats_itself():
+    """What the levels learn in the first lines helps in the later ones; the control reads the same text without it."""
+    lm = HopeLM(small_config("attention"))
+    text = torch.randint(0, 50, (8,), generator=torch.Generator().manual_seed(0)).repeat(12)
+    frozen = read_documents(lm, [text], bytes_per_token=0.0)
+    clocked = read_documents(ClockedLM(lm, CLOCK), [text], bytes_per_token=0.0, name="clock_")
+    assert clocked["eval/clock_loss_at_context/0065-0128"] < 0.85 * frozen["eval/document_loss_at_context/0065-0128"]
+    none = read_documents(ClockedLM(lm, TokenClockConfig(periods=(8, 16), lr=(0.0, 0.0))), [text], bytes_per_token=0.0)
+    assert none == frozen
+
+
+def test_a_stream_with_a_token_clock_goes_on_from_its_file(tmp_path):
+    lm = HopeLM(small_config("paper"))
+    model, path = ClockedLM(lm, CLOCK), tmp_path / "memory"
+    prompt = list(range(21))
+    settings = {"temperature": 0.0, "seed": 0, "end": None}
+    whole = [token for token, _ in stream(model, prompt, num_tokens=16, **settings)]
+    *_, (_, memory) = stream(model, prompt, num_tokens=13, **settings)
+    save_memory(memory, path, lm=lm)
+    loaded = load_memory(path, lm=lm)
+    assert loaded.learnt.clock == CLOCK and loaded.last == whole[12]
+    for name, moved in memory.learnt.state.levels.moved.items():
+        assert torch.equal(loaded.learnt.state.levels.moved[name], moved) and moved.norm() > 0
+    assert [token for token, _ in stream(model, [], num_tokens=3, memory=loaded, **settings)] == whole[13:]
+    # without the clock the same file is a plain memory
+    assert len(list(stream(lm, [], num_tokens=2, memory=loaded, **settings))) == 2
+    with pytest.raises(CheckpointError, match="another model"):
+        load_memory(path, lm=HopeLM(small_config()))

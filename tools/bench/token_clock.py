@@ -29,7 +29,8 @@ from hope_pt.train.trained import load_trained
 from tools.bench.common import ROOT, cpu_seconds, environment, peak_mib, write_results
 
 PERIODS = (64, 256, 1024)
-GRID = (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+GRID = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+ALONE = 1e-3
 REPEATS = 5
 LENGTH = 1024
 
@@ -96,7 +97,7 @@ def worth(run: Path) -> dict[str, Any]:
     """Bits per byte of held-out documents, by learning rate."""
     trained = load_trained(run)
     with closing(data.open_source(trained.config.data, split="heldout", vocab_size=trained.config.model.vocab_size)) as source:
-        texts = documents(source, count=8, least=1536, most=4096)
+        texts = documents(source, count=6, least=1536, most=3072)
         bytes_per_token = source.bytes_per_token
     values: dict[str, Any] = {"documents": [len(text) for text in texts], "step": trained.step, "periods": PERIODS}
 
@@ -107,7 +108,7 @@ def worth(run: Path) -> dict[str, Any]:
     values["frozen"] = read(trained.lm)
     print("frozen", values["frozen"]["bits_per_byte"], flush=True)
     for levels in ((0, 1, 2), (0,), (1,), (2,)):
-        for lr in GRID if len(levels) == 3 else GRID[2:]:
+        for lr in GRID if len(levels) == 3 else (ALONE,):
             clock = TokenClockConfig(periods=PERIODS, lr=tuple(lr if level in levels else 0.0 for level in range(3)))
             key = f"levels {','.join(map(str, levels))} lr {lr:g}"
             values[key] = read(ClockedLM(trained.lm, clock))
@@ -132,6 +133,7 @@ def main() -> int:
     results["peak_mib_hope_tiny"] = {model: in_fresh_process(model) for model in ("frozen", "clock")}
     print(results["peak_mib_hope_tiny"], flush=True)
     results["cost_hope_tiny"] = cost(load(ROOT / "configs" / "hope_tiny.toml"))
+    write_results("token_clock", results)
     if options.run:
         results["worth"] = worth(options.run)
     print(f"written: {write_results('token_clock', results)}")

@@ -146,7 +146,7 @@ test-slurm: $(VENV)/.stamp-slurm ## every scenario on a real Slurm of virtual no
 
 .PHONY: test-slurm-short
 test-slurm-short: $(VENV)/.stamp-slurm ## the short lane of the same, a few minutes
-	HOPE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm -m "not slow" $(PYTEST_ARGS)
+	HOPE_TEST_SLURM=1 $(BIN)/python -m pytest -m "not slow" $(addprefix tests/slurm/test_,protocol.py training.py launch_cluster.py) $(PYTEST_ARGS)
 
 .PHONY: slurm-up
 slurm-up: ## start the Slurm of virtual nodes; prints the variable that its commands need

@@ -33,7 +33,7 @@ def add_launch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
             )
         if name == "watch":
             made.add_argument("--every", type=float, default=30.0, metavar="S", help="seconds between looks (default 30)")
-            made.add_argument("--once", action="store_true", help="look once; exit code 1 if something is wrong (for cron)")
+            made.add_argument("--once", action="store_true", help="look once; exit code 2 if something is wrong (for cron)")
     preflight = actions.add_parser("preflight", help="inside a job, one process a GPU: are the nodes fit? exit code 3 names bad ones")
     preflight.add_argument("run", metavar="DIRECTORY", help="where the job will write")
     preflight.set_defaults(module="launch", action="preflight")

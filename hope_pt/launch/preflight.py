@@ -52,9 +52,9 @@ def examine(device: torch.device, *, directory: Path, first: bool, environment: 
     problems = []
     if first:
         problems += [*_disk(directory), *_memory_errors()]
-    expected = int(environment.get("HOPE_GPUS_PER_NODE", "") or 0)
-    if first and device.type == "cuda" and expected and torch.cuda.device_count() not in (1, expected):
-        problems.append(f"{torch.cuda.device_count()} GPUs, expected {expected}")
+    given = environment.get("SLURM_GPUS_ON_NODE", "")
+    if first and device.type == "cuda" and given.isdigit() and 1 < torch.cuda.device_count() < int(given):
+        problems.append(f"torch sees {torch.cuda.device_count()} of the {given} GPUs that the job has here")
     return {"node": environment.get("SLURMD_NODENAME", os.uname().nodename), "problems": problems, "product_s": _product_s(device)}
 
 

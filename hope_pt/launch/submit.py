@@ -29,11 +29,12 @@ def submit(job: Job, *, run: str, out: str, environment: Mapping[str, str] = os.
 
 
 def cancel(path: Path) -> list[str]:
-    """Cancels every job of the run in `path`, waiting ones first, and returns their ids."""
+    """Cancels every job of the run in `path`, waiting ones first (they would begin when a running one ends), and returns their ids."""
     jobs = jobs_of(path)
-    for state in ("PENDING", "RUNNING"):
-        if jobs:
-            call(["scancel", f"--state={state}", *jobs], environment=os.environ)
+    if jobs:
+        call(["scancel", "--state=PENDING", *jobs], environment=os.environ)
+        # Without a state: a job between two starts is neither pending nor running.
+        call(["scancel", *jobs], environment=os.environ)
     return jobs
 
 

@@ -1,4 +1,4 @@
-"""`hope launch` around a run: status from files, problems, sweeps as submitit's text, preflight's judgement; no cluster but in the last."""
+"""`hope launch` around a run, without a cluster: status from files, problems, sweeps as submitit's text, preflight."""
 
 import json
 import socket
@@ -159,43 +159,3 @@ def test_preflight_in_four_processes(tmp_path, present):
     else:
         assert codes == [3, 0, 0] and "node n2 is bad: rank 3 does not reach rank 0" in texts[0], texts
         assert (tmp_path / "slurm" / "bad-node").read_text() == "n2\n"
-
-
-def test_submit_status_and_cancel_on_a_cluster(cluster, run):
-    """The whole way of a person: submit, look, cancel; then nothing of the run is left in the queue."""
-    hope = [sys.executable, "-m", "hope_pt", "launch"]
-    settings = {"HOPE_COMMAND": run.command, "HOPE_PREFLIGHT": "0", "FAKE_STEPS": "500", "HOPE_CLUSTER": "onebox"}
-    config = run.path.parent / "tiny.toml"
-    config.write_text((ROOT / "configs" / "hope_tiny.toml").read_text())
-    place = [f"--config={config}", f"name={run.path.name}", f"out={run.path.parent}", "data.source=mqar", "engine.device=cpu"]
-    shape = ["--nodes=2", "--tasks-per-node=2", "--sbatch=--cpus-per-task=1", "engine.micro_batch_size=2", "data.mqar.gap=8"]
-    done = cluster.run(*hope, "submit", "hope_760m", *place, *shape, check=False, **settings)
-    assert done.returncode == 0, done.stdout + done.stderr
-    job = done.stdout.rsplit("job ", 1)[1].split(";")[0]
-    run.wait_for_step(3)
-    status = json.loads(cluster.run(*hope, "status", run.path, "--json").stdout)
-    assert status["state"] == "running" and status["job"] == f"job {job} (RUNNING)" and status["step"] >= 3
-    refused = cluster.run(*hope, "submit", "hope_760m", *place, *shape, check=False, **settings)
-    assert refused.returncode == 2 and f"belongs to job {job} (RUNNING)" in refused.stdout
-    assert cluster.run(*hope, "cancel", run.path).stdout.strip() == f"cancelled: {job}"
-    run.wait_for_queue()
-    assert cluster.job(job)["JobState"] == "CANCELLED"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_sweep_through_submitit_runs(cluster, run):
-    """Two tiny evaluations' worth of work: `hope config show` stands for a command that ends by itself."""
-    pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hope-pt[slurm]'")
-    program = (
-        "import sys; from pathlib import Path; from hope_pt.launch.sweep import *;"
-        "commands = [Command(('config', 'show', sys.argv[2], f'train.steps={n}')) for n in (3, 4)];"
-        "options = ['--nodes=1', '--ntasks-per-node=1', '--time=5', '--cpus-per-task=1', '--mem=100M'];"
-        "print(submit_all(commands, folder=Path(sys.argv[1]), settings=parameters(options, name='x'), parallel=2))"
-    )
-    folder = run.path.parent / "jobs"
-    done = cluster.run(sys.executable, "-c", program, folder, ROOT / "configs" / "hope_tiny.toml", check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run.wait_for_queue(seconds=120)
-    logs = "".join(path.read_text() for path in sorted(folder.glob("*.out")))
-    assert "steps = 3" in logs and "steps = 4" in logs

@@ -42,7 +42,7 @@ def together(what, seconds):
     (run / "slurm" / f"{what}-{attempt}-{rank}").touch()
     end = time.monotonic() + seconds
     while len(list((run / "slurm").glob(f"{what}-{attempt}-*"))) < int(os.environ["SLURM_NTASKS"]):
-        if time.monotonic() > end:
+        if time.monotonic() > end or (what == "joined" and received):
             return False
         time.sleep(0.02)
     return True

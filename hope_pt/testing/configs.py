@@ -56,8 +56,10 @@ def tiny_run(
     )
 
 
-def deep_run(rule: OptimizerName, *, precision: Literal["fp32", "bf16"] = "fp32", steps: int = 10) -> RunConfig:
+def deep_run(rule: OptimizerName, *, precision: Literal["fp32", "bf16"] = "fp32", nested: bool = False, steps: int = 10) -> RunConfig:
     """Two blocks with four heads, all matrices with `rule` and the memories with Muon; clipped, decayed, CMS periods 1, 2 and 3.
+
+    nested: levels that return to initial states, with periods 1, 2 and 4.
 
     The slow momentum of M3 has period 4. eps of all second moments is large: with a small one an entry whose gradient is zero up to
     rounding moves by a whole step.
@@ -68,7 +70,7 @@ def deep_run(rule: OptimizerName, *, precision: Literal["fp32", "bf16"] = "fp32"
         width=32,
         num_heads=4,
         titans=TitansConfig(chunk_mem=8, chunk_proj=16),
-        cms=CMSConfig(hidden=24, periods=(1, 2, 3)),
+        cms=CMSConfig(hidden=24, periods=(1, 2, 4), variant="nested") if nested else CMSConfig(hidden=24, periods=(1, 2, 3)),
     )
     eps = 1e-3
     optim = OptimConfig(

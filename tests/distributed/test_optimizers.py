@@ -23,23 +23,38 @@ PARAMETERS = 1e-5
 """Ten steps with another order of summation. One parameter alone, the embedding most of all, whose small gradients AdamW enlarges: the
 same over all weights together."""
 SHARDED = {"distributed_optimizer": True, "overlap_grad_reduce": True}
-TWO = {"tp2": {"tensor_parallel": 2}, "pp2": {"pipeline_parallel": 2}, "dp2 sharded": SHARDED}
+TWO = {
+    "tp2": {"tensor_parallel": 2},
+    "pp2": {"pipeline_parallel": 2},
+    "dp2 sharded": SHARDED,
+    "cp2 sharded": {"context_parallel": 2, **SHARDED},
+}
 FOUR = {"tp4": {"tensor_parallel": 4}, "tp2 dp2 sharded": {"tensor_parallel": 2, **SHARDED}}
 FEW = {"tp2", "dp2 sharded"}
 RULES = ("m3", "muon", "momentum", "delta_momentum", "deep_momentum", "dgd")
-CASES = [(rule, layout) for rule in RULES for layout in (*TWO, *FOUR) if rule in ("m3", "muon") or layout in FEW]
+NESTED = "m3, nested levels"
+CASES = [
+    (rule, layout)
+    for rule in (*RULES, NESTED)
+    for layout in (*TWO, *FOUR)
+    if layout in FEW or rule == "m3" or (rule == "muon" and layout != "cp2 sharded")
+]
+
+
+def config_of(rule):
+    return deep_run("m3", nested=True) if rule == NESTED else deep_run(rule)
 
 
 @functools.cache
 def alone(rule):
-    return train_on_engine(Launch(), deep_run(rule), steps=STEPS)
+    return train_on_engine(Launch(), config_of(rule), steps=STEPS)
 
 
 @functools.cache
 def trained(size):
     layouts = {2: TWO, 4: FOUR}[size]
     cases = [case for case in CASES if case[1] in layouts]
-    configs = [with_engine(deep_run(rule), **layouts[layout]) for rule, layout in cases]
+    configs = [with_engine(config_of(rule), **layouts[layout]) for rule, layout in cases]
     ranks = run_distributed(functools.partial(train_all, steps=STEPS), world_size=size, timeout_s=170, args=(configs,))
     return {case: [rank[index] for rank in ranks] for index, case in enumerate(cases)}
 
@@ -59,7 +74,7 @@ def test_parameters_after_ten_steps_do_not_depend_on_the_layout(rule, layout):
 
 def test_rules_differ():
     """Else the comparison above would show nothing about them."""
-    for rule in RULES[1:]:
+    for rule in (*RULES[1:], NESTED):
         assert difference(alone(rule).weights, alone("m3").weights) > 1e-3, rule
 
 

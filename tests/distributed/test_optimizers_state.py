@@ -17,13 +17,23 @@ SAVED, END = 5, 8
 RULES = ("m3", "muon", "momentum", "delta_momentum", "deep_momentum", "dgd")
 SHARDED = {"distributed_optimizer": True}
 LAYOUTS = {
-    2: {"tp2": {"tensor_parallel": 2}, "pp2": {"pipeline_parallel": 2}, "dp2 sharded": SHARDED, "cp2": {"context_parallel": 2}},
+    2: {"tp2": {"tensor_parallel": 2}, "pp2": {"pipeline_parallel": 2}, "dp2 sharded": SHARDED},
     4: {"tp2 dp2 sharded": {"tensor_parallel": 2, **SHARDED}},
 }
-# Rules with state that has a shape of its own, and M3, whose slow momentum has a clock.
-RESHARDED = {"m3": {"tp2", "pp2", "dp2 sharded", "cp2", "tp2 dp2 sharded"}, "deep_momentum": {"tp2"}, "dgd": {"tp2", "dp2 sharded"}}
+NESTED = "m3, nested levels"
+# Rules with state that has a shape of its own, M3, whose slow momentum has a clock, and levels that have all state twice.
+RESHARDED = {
+    "m3": {"tp2", "pp2", "dp2 sharded", "tp2 dp2 sharded"},
+    "deep_momentum": {"tp2"},
+    "dgd": {"tp2", "dp2 sharded"},
+    NESTED: {"dp2 sharded"},
+}
 STATES = 2e-5
-"""Momenta after five steps under another layout: sums of gradients that differ by GRADIENT's rounding."""
+"""State after five steps under another layout: gradients differ by up to GRADIENT, all tensors together by less."""
+
+
+def config_of(rule):
+    return deep_run("m3", nested=True) if rule == NESTED else deep_run(rule)
 
 
 def advance(trainer, steps):
@@ -47,12 +57,12 @@ def resume(config, tensors, scalars, *, launch, key=""):
 
 @pytest.fixture(scope="module")
 def saved():
-    return {rule: save_and_continue(deep_run(rule), launch=Launch()) for rule in RESHARDED}
+    return {rule: save_and_continue(config_of(rule), launch=Launch()) for rule in RESHARDED}
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, NESTED])
 def test_one_process_continues_bit_for_bit(rule, saved):
-    config = deep_run(rule)
+    config = config_of(rule)
     tensors, scalars, losses, final = saved[rule] if rule in saved else save_and_continue(config, launch=Launch())
     again, end = resume(config, tensors, scalars, launch=Launch())
     assert again == losses
@@ -91,7 +101,7 @@ def elsewhere(launch, cases):
 @pytest.mark.parametrize("size", LAYOUTS)
 def test_state_goes_into_any_layout_and_comes_out_of_it(size, saved):
     cases = [(rule, layout) for rule, layouts in RESHARDED.items() for layout in LAYOUTS[size] if layout in layouts]
-    inputs = [(with_engine(deep_run(rule), **LAYOUTS[size][layout]), *saved[rule][:2]) for rule, layout in cases]
+    inputs = [(with_engine(config_of(rule), **LAYOUTS[size][layout]), *saved[rule][:2]) for rule, layout in cases]
     for rank in run_distributed(elsewhere, world_size=size, timeout_s=200, args=(inputs,)):
         for (rule, layout), (losses, tensors, scalars, same) in zip(cases, rank, strict=True):
             assert losses == pytest.approx(saved[rule][2], rel=LAYOUT), (rule, layout)

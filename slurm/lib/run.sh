@@ -18,9 +18,11 @@ export HOPE_ROOT
 
 hope_job() {
   set -uo pipefail
+  local script=$PWD/$0
+  [[ $0 != /* ]] || script=$0
   hope_arguments "$@" || exit 2
   if [ -n "$dry_run" ]; then
-    exec "$(hope_program)" launch dry-run "$0" "${overrides[@]}" "name=$HOPE_RUN" "out=$out"
+    exec "$(hope_program)" launch dry-run "$script" --config "$config" "${overrides[@]}" "name=$HOPE_RUN" "out=$out"
   fi
   if [ -z "${SLURM_JOB_ID:-}" ]; then
     echo "hope: this is no Slurm job; submit it with sbatch, or look at it with --dry-run" >&2

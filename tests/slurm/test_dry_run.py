@@ -107,10 +107,10 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "said"), [one[1:] for one in MISTAKES], ids=[one[0] for one in MISTAKES])
 def test_a_seeded_mistake_is_found(dry_run, arguments, said):
-    began = time.monotonic()
+    began = time.process_time()
     code, _, text = dry_run(*GOOD, *arguments)
     assert code == 2 and said in text, text
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_a_model_too_large_for_its_gpus_is_found(dry_run):

@@ -15,7 +15,9 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize(("option", "said"), [("--partition=fast", "invalid partition"), ("--nodes=9", "not available")])
+@pytest.mark.parametrize(
+    ("option", "said"), [("--partition=fast", "invalid partition"), pytest.param("--nodes=9", "not available", marks=pytest.mark.slow)]
+)
 def test_the_scheduler_refuses(cluster, tmp_path, option, said):
     command = [
         sys.executable,

@@ -181,6 +181,15 @@ def test_a_chain_runs_one_link_at_a_time_and_ends_with_the_run(run):
     assert [run.cluster.job(number)["JobState"] for number in said[:4]] == ["FAILED", "COMPLETED", "CANCELLED", "CANCELLED"]
 
 
+@pytest.mark.parametrize(("script", "said"), [("eval.sh", "eval runs/x --step 3"), ("preflight.sh", "launch preflight runs/x")])
+def test_services_run_in_every_task(run, script, said):
+    words = said.replace("launch preflight", "").replace("eval", "").split()
+    settings = {"HOPE_COMMAND": "/bin/echo", "HOPE_CLUSTER": "onebox"}
+    job = run.cluster.run("sbatch", "--parsable", *run.options(), run.root / "slurm" / script, *words, **settings).stdout.strip()
+    assert run.wait(job) == "COMPLETED", run.log
+    assert sorted(line for line in run.log.splitlines() if line.endswith(said)) == [f"{rank}: {said}" for rank in range(4)]
+
+
 def test_a_bad_node_is_left_out(run):
     job = run.submit(HOPE_PREFLIGHT="1", FAKE_BAD_NODES="n1")
     assert run.wait(job) == "COMPLETED", run.log

@@ -177,3 +177,12 @@ def test_a_job_script_outside_slurm_says_so(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     done = subprocess.run([str(ROOT / "slurm" / "hope_1p3b.sh"), f"out={tmp_path}"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "submit it with sbatch" in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_script_checks_itself_on_a_login_node(tmp_path):
+    """`bash slurm/hope_760m.sh --dry-run key=value` is the dry run of that script with those arguments."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "HOPE_"))}
+    words = ["--dry-run", "--config", "configs/hope_tiny.toml", "data.source=mqar", "optim.lrr=1", f"out={tmp_path}"]
+    done = subprocess.run(["bash", "slurm/hope_760m.sh", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean optim.lr" in done.stdout, done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from hope_pt.config import to_toml
 from hope_pt.errors import CheckpointError, ConfigError, DataError
 from hope_pt.testing.configs import tiny_run
 from hope_pt.train import resume, rng
+from hope_pt.train.state import FORMAT
 
 
 def changed(config, **sections):
@@ -26,7 +27,7 @@ def changed(config, **sections):
 def stored(config, *, step=4, fingerprint="abc", **meta) -> Checkpoint:
     return Checkpoint(
         step=step,
-        meta={"format": 2, "data_parallel": 1, "config": to_toml(config), "fingerprint": fingerprint, **meta},
+        meta={"format": FORMAT, "data_parallel": 1, "config": to_toml(config), "fingerprint": fingerprint, **meta},
         path=Path("runs/x/step"),
     )
 

@@ -204,6 +204,13 @@ def test_more_than_two_bad_starts_end_the_job(run):
     assert run.actions == ["exclude", "exclude", "never"] and run.cluster.job(job)["ExitCode"] == "93:0"
 
 
+def test_a_cluster_that_forbids_requeue_is_named(run):
+    job = run.submit(options=("--no-requeue",), shape={"nodes": 1, "tasks": 1}, FAKE_FAIL_ATTEMPTS="1")
+    assert run.wait(job) == "FAILED" and run.cluster.job(job)["ExitCode"] == "1:0"
+    assert "use slurm/chain.sh" in run.log and not (run.path / "slurm" / "owner").exists()
+    assert run.wait(run.submit(shape={"nodes": 1, "tasks": 1})) == "COMPLETED", run.log
+
+
 def test_one_visible_gpu_for_each_task_is_the_device_of_that_task(run):
     job = run.submit(options=("--gres=none", "--gpus-per-task=1"))
     assert run.wait(job) == "COMPLETED", run.log

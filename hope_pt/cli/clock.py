@@ -19,7 +19,11 @@ def token_clock(arguments: argparse.Namespace, config: RunConfig) -> TokenClockC
     try:
         return TokenClockConfig(**clock)
     except ValidationError as error:
-        raise ConfigError(f"token clock: {error.errors()[0]['msg'].removeprefix('Value error, ')}; see --token-clock, --token-lr") from None
+        first = error.errors()[0]
+        key = ".".join(("token_clock", *map(str, first["loc"])))
+        value = f" = {first['input']}" if first["loc"] else ""
+        what = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{key}{value}: {what}; see --token-clock, --token-lr") from None
 
 
 def _numbers(text: str, kind: type, flag: str, levels: int) -> tuple:

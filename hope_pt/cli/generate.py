@@ -66,5 +66,7 @@ def _with_clock(arguments: argparse.Namespace, trained: Trained, start: Memory |
             raise EvalError(
                 "--freeze needs --load-memory with a file that was written with --token-clock: nothing else has weights to keep"
             )
-        start = replace(start, learnt=replace(learnt, state=learnt.state.freeze()))
+    if start and learnt and learnt.state.levels.frozen != arguments.freeze:
+        # The file remembers how it was made; this call says for itself.
+        start = replace(start, learnt=replace(learnt, state=learnt.state.freeze(arguments.freeze)))
     return (ClockedLM(trained.lm, clock) if clock.active else trained.lm), start

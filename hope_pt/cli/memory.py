@@ -13,7 +13,7 @@ from hope_pt.cli.tables import table
 from hope_pt.errors import DataError, EvalError
 from hope_pt.evals import audit, audit_state, audit_tokens
 from hope_pt.evals.generation import load_memory
-from hope_pt.optim.held import level_of
+from hope_pt.nn.names import level_of
 from hope_pt.train.trained import Trained, load_trained, require_tokenizer
 
 SEQUENCES = 32
@@ -50,6 +50,11 @@ def _forbid(arguments: argparse.Namespace, *names: str, why: str) -> None:
 def _audit_run(path: Path, arguments: argparse.Namespace) -> None:
     trained = load_trained(path, step=arguments.step)
     config, since = trained.config, arguments.since
+    if config.token_clock.meta_train:
+        raise EvalError(
+            f"{path} was trained with token_clock.meta_train = true: its updates are of losses with the token clock on, which the audit "
+            "does not read with; audit a run without it"
+        )
     sequences, top = arguments.sequences or SEQUENCES, arguments.top or TOP
     with (
         closing(data.open_source(config.data, split="train", vocab_size=config.model.vocab_size)) as train,
@@ -57,15 +62,17 @@ def _audit_run(path: Path, arguments: argparse.Namespace) -> None:
     ):
         if train.fingerprint != trained.fingerprint:
             raise DataError(f"{config.data.path} has fingerprint {train.fingerprint}, the run was trained on {trained.fingerprint}")
-        start = audit.start_weights(path, trained, since=since)
+        start, checked = audit.start_weights(path, trained, since=since)
         changes = audit.changes(trained.lm, start)
         loss, undone = audit.undone(trained, start, source=heldout, sequences=sequences)
         # Another run's weights may be gone, and with --since the user has said that they do not matter.
-        first = start if since is None else None if config.train.start_from else audit.start_weights(path, trained)
-        driven = audit_tokens.driven(path, trained, first, source=train, decode=_decoder(trained), sequences=sequences, top=top)
+        first = start if since is None else None if config.train.start_from else audit.start_weights(path, trained)[0]
+        driven = audit_tokens.driven(
+            path, trained, first, since=since or 0, source=train, decode=_decoder(trained), sequences=sequences, top=top
+        )
     origin = "the start" if since is None else f"step {since}"
     if arguments.json:
-        found = {"run": str(path), "step": trained.step, "since": since or 0, "heldout_loss": loss, "note": NOTE}
+        found = {"run": str(path), "step": trained.step, "since": since or 0, "start_checked": checked, "heldout_loss": loss, "note": NOTE}
         found |= {"changes": [asdict(one) for one in changes], "undone": [asdict(one) for one in undone]}
         print(json.dumps(found | {"updates": [asdict(one) for one in driven]}, indent=1))
         return
@@ -74,6 +81,8 @@ def _audit_run(path: Path, arguments: argparse.Namespace) -> None:
         console.print(part, "")
     _print_driven(driven, console)
     print("change: |W - W_start| / |W_start|")
+    if not checked:
+        print(f'not checked: whether "{config.train.start_from}" still has the weights that this run began with (eval.levels_every = 0)')
 
 
 def _decoder(trained: Trained) -> audit_tokens.Decode:
@@ -103,7 +112,7 @@ def _undone(loss: float, undone: list[audit.Undone], origin: str):
 
 def _print_driven(driven: list[audit_tokens.Driven], console: Console) -> None:
     if not driven:
-        print("no measured updates in metrics.jsonl (eval.levels_every = 0, or the run is too short): what drove them is not known")
+        print("no measured updates of these steps in metrics.jsonl (eval.levels_every = 0, or too few steps): what drove them is not known")
         return
     for one in driven:
         update = one.update

@@ -18,10 +18,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     trained = load_trained(arguments.run, step=arguments.step)
     model, weights = METHODS[arguments.how](trained.config.model, trained.lm.state_dict(), periods=periods)
-    path = write_start(out, trained=trained, model=model, weights=weights)
+    path, reset = write_start(out, trained=trained, model=model, weights=weights)
     levels = list(model.cms.depth_periods or model.cms.periods)
     what = "periods of the blocks" if model.cms.depth_periods else "periods of the levels"
     print(f"{out}: step {trained.step} of {arguments.run} stacked by {arguments.how}, {what} {levels}; next: hope train {path}")
+    if reset:
+        print(f"back at their defaults, because they are about single levels: {', '.join(reset)}")
 
 
 def _periods(text: str) -> tuple[int, ...]:

@@ -23,15 +23,16 @@ from hope_pt.evals.language import heldout
 from hope_pt.evals.scoring import lm_losses
 from hope_pt.nn import HopeLM
 from hope_pt.nn.init import init_tensor
-from hope_pt.optim.held import Held, level_of
+from hope_pt.nn.names import level_of
+from hope_pt.optim.held import Held
 from hope_pt.optim.measure import row_of
 from hope_pt.optim.sketch import sketch
 from hope_pt.train.directory import RunDirectory
 from hope_pt.train.start import find_start
 from hope_pt.train.trained import Trained, load_trained
 
-# Sketches of the same weights differ by rounding only.
-_SAME = 1e-3
+# Sketches of the same weights differ by the order in which fp32 numbers were added only; one training step is further away.
+_SAME = 1e-4
 
 
 @dataclass(frozen=True)
@@ -53,26 +54,27 @@ class Undone:
     difference: float
 
 
-def start_weights(run: str | Path, trained: Trained, *, since: int | None = None) -> dict[str, Tensor]:
-    """W_start by parameter.
+def start_weights(run: str | Path, trained: Trained, *, since: int | None = None) -> tuple[dict[str, Tensor], bool]:
+    """W_start by parameter, and whether they are known to be those: false for another run's weights that nothing was kept to compare with.
 
     Raises CheckpointError if the weights that the run began with are not there any more, EvalError for a `since` that is not earlier.
     """
     if since is not None:
         if since >= trained.step:
             raise EvalError(f"--since {since}: the checkpoint that is audited is of step {trained.step}; name an earlier step")
-        return _parameters(load_trained(run, step=since).lm)
+        return _parameters(load_trained(run, step=since).lm), True
     config = trained.config
     shapes = {name: tuple(parameter.shape) for name, parameter in trained.lm.named_parameters()}
     if not config.train.start_from:
-        return {name: init_tensor(name, shape, config=config.model, seed=config.train.seed) for name, shape in shapes.items()}
+        return {name: init_tensor(name, shape, config=config.model, seed=config.train.seed) for name, shape in shapes.items()}, True
     stored = find_start(config.train.start_from).tensors(prefix="model.")
     weights = {name: stored["model." + name].float() for name in shapes if "model." + name in stored}
-    if weights.keys() != shapes.keys() or not _is_start(weights, trained=trained, path=RunDirectory(run).checkpoints):
+    same = _is_start(weights, trained=trained, path=RunDirectory(run).checkpoints) if weights.keys() == shapes.keys() else False
+    if same is False:
         raise CheckpointError(
             f'train.start_from = "{config.train.start_from}" has other weights now than this run began with; name a step with --since'
         )
-    return weights
+    return weights, bool(same)
 
 
 def changes(lm: HopeLM, start: Mapping[str, Tensor]) -> list[Change]:
@@ -122,18 +124,20 @@ def _loss(trained: Trained, *, source: Source, sequences: int) -> float:
     return heldout(losses, source, sequences=sequences, batch_size=config.engine.micro_batch_size, by_position=False)["eval/loss"]
 
 
-def _is_start(weights: Mapping[str, Tensor], *, trained: Trained, path: Path) -> bool:
-    """Whether these weights have the sketches of those that the run began with; true where the run has kept none."""
+def _is_start(weights: Mapping[str, Tensor], *, trained: Trained, path: Path) -> bool | None:
+    """Whether these weights have the sketches of those that the run began with; None where the run has kept none."""
     found = checkpoint.load(path / directory_name(trained.step))
     watch = found.meta["engine"].get("watch") or {}
     rows = (watch.get("measures") or {}).get("start", [])
+    if not rows:
+        return None
     sums = {row: torch.zeros(0) for row in rows}
     for name, value in weights.items():
         row = row_of(name, ndim=value.dim(), model=trained.config.model)
         if row in sums:
             part = sketch(Held(name, value, tuple(value.shape)), value)[0]
             sums[row] = sums[row] + part if len(sums[row]) else part
-    kept = found.tensors(prefix="watch.").get("watch.start", torch.zeros(0))
+    kept = found.tensors(prefix="watch.")["watch.start"]
     return all(float((sums[row] - value).norm()) <= _SAME * float(value.norm()) for row, value in zip(rows, kept, strict=True))
 
 

@@ -18,9 +18,9 @@ from hope_pt.evals.generation import Memory
 from hope_pt.evals.scoring import evaluating, target_losses
 from hope_pt.nn import HopeLM, LMState
 from hope_pt.nn.fast_levels import Named, applied
+from hope_pt.nn.names import level_of
 from hope_pt.nn.state import LayerState
 from hope_pt.nn.titans import TitansCore, pack
-from hope_pt.optim.held import level_of
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _less(undone: float | None, loss: float | None) -> float | None:
 
 def _levels(lm: HopeLM, moved: Named, *, reader: _Reader, state: LMState, loss: float | None) -> Iterator[LevelChange]:
     """Every level over all blocks, then in each of them."""
-    places = {name: place for name in moved if (place := level_of(f"{name}."))}
+    places = {name: place for name in moved if (place := level_of(name))}
     weights = dict(lm.named_parameters())
     for level in sorted({level for level, _ in places.values()}):
         blocks = sorted({block for other, block in places.values() if other == level})

@@ -23,7 +23,7 @@ from hope_pt.config.schema import RunConfig
 from hope_pt.data import Batch, Source, sample_order
 from hope_pt.evals.audit import returned
 from hope_pt.nn import HopeLM
-from hope_pt.optim.held import level_of
+from hope_pt.nn.names import level_of
 from hope_pt.report import metrics
 from hope_pt.train.directory import RunDirectory
 from hope_pt.train.trained import Trained, load_trained
@@ -73,15 +73,19 @@ class Driven:
 
 
 def largest_updates(records: Sequence[dict], *, level: int, config: RunConfig, top: int) -> list[Update]:
-    """The measured updates of a level with the largest relative norm."""
-    found = []
+    """The measured updates of a level with the largest relative norm.
+
+    A nested level's update at a restart is that of its initial state, which sums the gradients since the restart before.
+    """
+    found, cms = [], config.model.cms
     for record in records:
         squares, weights, period = 0.0, 0.0, 0
+        restart = cms.restart(level)
         for block in range(config.model.num_layers):
             norm, ratio = (record.get(f"optim/level{level}/block{block}/{name}") for name in ("update_norm", "update_ratio"))
             if norm and ratio:
                 squares, weights = squares + norm**2, weights + (norm / ratio) ** 2
-                period = max(period, config.model.cms.period(level, block=block))
+                period = max(period, restart if restart and record["step"] % restart == 0 else cms.period(level, block=block))
         if period:
             first = record["step"] - period + 1
             found.append(Update(level, record["step"], first, math.sqrt(squares), math.sqrt(squares / weights)))
@@ -89,26 +93,38 @@ def largest_updates(records: Sequence[dict], *, level: int, config: RunConfig, t
 
 
 def driven(
-    run: str | Path, trained: Trained, start: Mapping[str, Tensor] | None, *, source: Source, decode: Decode, sequences: int, top: int
+    run: str | Path,
+    trained: Trained,
+    start: Mapping[str, Tensor] | None,
+    *,
+    since: int,
+    source: Source,
+    decode: Decode,
+    sequences: int,
+    top: int,
 ) -> list[Driven]:
     """The `top` largest measured updates of each level with the `top` sequences that drove each, of at most `sequences` examined.
 
-    start: the weights before the first step, None where they are not known. source: the training split. A run without measured updates
-    has none.
+    Updates after step `since` and up to the audited one. start: the weights before the first step, None where they are not known. source:
+    the training split. A run without measured updates there has none.
     """
     directory, config = RunDirectory(run), trained.config
-    records = metrics.read(directory.metrics)
+    records = [record for record in metrics.read(directory.metrics) if record["step"] <= trained.step]
+    measured = [record for record in records if record["step"] > since]
     skipped = {record["step"] for record in records if record.get("skipped")}
     kept = list_steps(directory.checkpoints)
-    models: dict[int, HopeLM] = {trained.step: trained.lm}
+    # One checkpoint beside the audited one: more would fill the memory.
+    other: tuple[int, HopeLM] | None = None
     found = []
     for level in range(len(config.model.cms.periods)):
-        for update in largest_updates(records, level=level, config=config, top=top):
+        for update in largest_updates(measured, level=level, config=config, top=top):
             nearest = min([*([] if start is None else [0]), *kept], key=lambda step: (abs(step - (update.first - 1)), step))
-            if nearest and nearest not in models:
-                models[nearest] = load_trained(run, step=nearest).lm
+            lm = trained.lm
+            if nearest and nearest != trained.step:
+                if other is None or other[0] != nearest:
+                    other = (nearest, load_trained(run, step=nearest).lm)
+                lm = other[1]
             steps = [step for step in range(update.first, update.step + 1) if step not in skipped]
-            lm = models.get(nearest, trained.lm)
             beginning = start if start is not None and not nearest else {}
             with returned(lm, beginning, names=list(beginning)):
                 candidates, drivers = _drivers(lm, steps, level=level, source=source, config=config, decode=decode, sequences=sequences)

@@ -19,6 +19,7 @@ from hope_pt.errors import EvalError
 if TYPE_CHECKING:
     from hope_pt.data import Batch, Source
     from hope_pt.nn import HopeLM
+    from hope_pt.nn.token_clock import ClockedLM
 
 TokenLosses = Callable[["Batch"], Tensor]
 
@@ -36,7 +37,7 @@ def evaluating(lm: torch.nn.Module) -> Iterator[torch.device]:
             module.training = training
 
 
-def lm_losses(lm: HopeLM, *, document_reset: bool = True) -> TokenLosses:
+def lm_losses(lm: HopeLM | ClockedLM, *, document_reset: bool = True) -> TokenLosses:
     """A `TokenLosses` of `lm`: every call starts from the learned memory; documents inside a sequence reset it if asked."""
 
     def losses(batch: Batch) -> Tensor:

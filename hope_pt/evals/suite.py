@@ -9,6 +9,7 @@ from hope_pt.evals.language import heldout
 from hope_pt.evals.passkey import passkey
 from hope_pt.evals.recall import recall
 from hope_pt.evals.scoring import lm_losses
+from hope_pt.nn.token_clock import ClockedLM
 
 if TYPE_CHECKING:
     from hope_pt.config import RunConfig
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
 
 
 def evaluate(lm: HopeLM, source: Source, *, config: RunConfig) -> dict[str, float]:
-    """Held-out loss and probe of a model in one process: what `hope eval` runs. `source` is held out."""
-    losses = lm_losses(lm, document_reset=config.data.document_reset)
+    """Held-out loss and probe of a model in one process: what `hope eval` runs. `source` is held out.
+
+    The loss of a meta-trained run is that of a reader with its token clock on, as while training; probes read without it.
+    """
+    reader = ClockedLM(lm, config.token_clock) if config.token_clock.meta_train else lm
+    losses = lm_losses(reader, document_reset=config.data.document_reset)
     result = heldout(losses, source, sequences=config.eval.sequences, batch_size=config.engine.micro_batch_size)
     return result | (probe(lm, source, config=config) if has_probe(source, config=config) else {})
 

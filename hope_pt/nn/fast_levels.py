@@ -9,7 +9,6 @@ Legend: B rows, O outputs, I inputs of a matrix.
 """
 
 import contextlib
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -17,23 +16,15 @@ import torch
 from torch import nn
 
 from hope_pt.errors import CheckpointError
+from hope_pt.nn.names import level_of
 
 Named = dict[str, torch.Tensor]
-_LEVEL = re.compile(r"\.cms\.levels\.(\d+)\.")
 
 
 def level_matrices(model: nn.Module, levels: Collection[int]) -> dict[str, nn.Linear]:
     """The linear layers of some CMS levels of all blocks, by module name."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = {name: _LEVEL.search(name) for name in linears}
-    return {name: linears[name] for name, match in found.items() if match and int(match.group(1)) in levels}
-
-
-def level_of(name: str) -> int:
-    """The CMS level of a name of `level_matrices`."""
-    match = _LEVEL.search(name)
-    assert match, name
-    return int(match.group(1))
+    return {name: layer for name, layer in linears.items() if (place := level_of(name)) and place[0] in levels}
 
 
 @dataclass(frozen=True)
@@ -70,8 +61,9 @@ class FastLevels:
         return replace(self, moved=moved, sums=sums)
 
     def drift(self, matrices: Mapping[str, nn.Linear]) -> Named:
-        """|moved| / |trained weight| of every row: layer name -> [B]."""
-        return {name: t.norm(dim=(1, 2)) / matrices[name].weight.to(t.dtype).norm() for name, t in self.moved.items()}
+        """|moved| / |trained weight| of every row: layer name -> [B]. From a weight of zeros: 0 where nothing moved, else infinite."""
+        moved = {name: t.norm(dim=(1, 2)) for name, t in self.moved.items()}
+        return {name: torch.where(t > 0, t / matrices[name].weight.to(t.dtype).norm(), 0) for name, t in moved.items()}
 
     def to_tensors(self) -> Named:
         """Flat named tensors, for a safetensors file."""
@@ -84,7 +76,7 @@ class FastLevels:
         parts: dict[str, Named] = {"moved": {}, "sums": {}}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
-            if kind in parts and _LEVEL.search(name):
+            if kind in parts and level_of(name):
                 parts[kind][name] = tensor
             elif key != "frozen":
                 raise CheckpointError(

@@ -32,6 +32,11 @@ def init_tensor(name: str, shape: tuple[int, ...], *, config: ModelConfig, seed:
     return torch.randn(shape, generator=generator) * _std(kind, shape, config) + _identity(kind, shape, config)
 
 
+def init_norm(name: str, shape: tuple[int, ...], *, config: ModelConfig) -> float:
+    """The expected norm of the full initial value of a matrix of a mixer or CMS level."""
+    return _std(".".join(name.split(".")[-2:]), shape, config) * math.sqrt(math.prod(shape))
+
+
 def _constant(kind: str, config: ModelConfig) -> float | None:
     titans = config.titans
     if kind == "core.eta_bias":

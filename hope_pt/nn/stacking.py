@@ -9,7 +9,6 @@ what they know (SPEC 3), and what fast levels learn is added to it.
 """
 
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from hope_pt.config.schema import CMSConfig, ModelConfig
 from hope_pt.errors import ConfigError
-
-_LEVEL = re.compile(r"^(blocks\.\d+\.cms\.levels\.)0\.(.+)$")
+from hope_pt.nn.names import level_of
 
 
 def assign_by_depth(config: ModelConfig, weights: Mapping[str, Tensor], *, periods: Sequence[int]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -37,14 +35,12 @@ def clone_k(config: ModelConfig, weights: Mapping[str, Tensor], *, periods: Sequ
         raise ConfigError(f"--periods {_text(periods)}: clone_k adds levels to the one there is; give two periods or more")
     stacked: dict[str, Tensor] = {}
     for name, value in weights.items():
-        level = _LEVEL.match(name)
-        if level is None:
+        if level_of(name) is None:
             stacked[name] = value
             continue
-        block, rest = level.groups()
         for index in range(len(periods) - 1):
-            stacked[f"{block}{index}.{rest}"] = torch.zeros_like(value) if rest == "w_down.weight" else value.clone()
-        stacked[f"{block}{len(periods) - 1}.{rest}"] = value
+            stacked[_at_level(name, index)] = torch.zeros_like(value) if name.endswith("w_down.weight") else value.clone()
+        stacked[_at_level(name, len(periods) - 1)] = value
     return _with_cms(config, periods=tuple(periods), depth_periods=()), stacked
 
 
@@ -55,6 +51,8 @@ METHODS: dict[str, Stack] = {"assign_by_depth": assign_by_depth, "clone_k": clon
 def _check(config: ModelConfig, periods: Sequence[int]) -> None:
     if len(config.cms.periods) != 1:
         raise ConfigError(f"model.cms.periods = {list(config.cms.periods)}: levels are stacked on a model with one level in every block")
+    if config.cms.variant != "sequential":
+        raise ConfigError(f'model.cms.variant = "{config.cms.variant}": only a chain of levels is stacked; train with "sequential"')
     if not periods or min(periods) < 1 or any(slow <= fast for fast, slow in itertools.pairwise(periods)):
         raise ConfigError(f"--periods {_text(periods)}: expected steps of 1 or more, each larger than the one before, for example 1,4,16")
 
@@ -62,6 +60,11 @@ def _check(config: ModelConfig, periods: Sequence[int]) -> None:
 def _with_cms(config: ModelConfig, *, periods: tuple[int, ...], depth_periods: tuple[int, ...]) -> ModelConfig:
     cms = CMSConfig(hidden=config.cms.hidden, periods=periods, depth_periods=depth_periods, variant="sequential")
     return config.model_copy(update={"cms": cms})
+
+
+def _at_level(name: str, level: int) -> str:
+    """The name of the same parameter of another level."""
+    return name.replace(".cms.levels.0.", f".cms.levels.{level}.", 1)
 
 
 def _text(periods: Sequence[int]) -> str:

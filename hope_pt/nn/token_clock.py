@@ -25,8 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hope_pt.config.schema import TokenClockConfig
 from hope_pt.errors import CheckpointError, ConfigError
-from hope_pt.nn.fast_levels import FastLevels, Named, applied, level_matrices, level_of
+from hope_pt.nn.fast_levels import FastLevels, Named, applied, level_matrices
 from hope_pt.nn.lm import HopeLM
+from hope_pt.nn.names import level_of
 from hope_pt.nn.state import LMState
 
 IGNORED = -100
@@ -62,8 +63,12 @@ class ClockState:
         return ClockState(self.levels.rows(index_B), self.now.rows(index_B), self.start.rows(index_B), *own)
 
     def freeze(self, frozen: bool = True) -> "ClockState":
-        """The same weights, no longer changing: neither by updates nor at document starts. The open unit is dropped; false undoes it."""
-        return replace(self, levels=self.levels.freeze(frozen), start=self.now, open_B=torch.zeros_like(self.open_B))
+        """The same weights, no longer changing: neither by updates nor at document starts; false: they change again from here on.
+
+        Either way the open unit is dropped, and false does not bring it back: its tokens never count.
+        """
+        none = torch.zeros_like(self.open_B)
+        return replace(self, levels=self.levels.freeze(frozen), start=self.now, open_B=none, begins_B=none.bool())
 
     def reset(self, rows_B: torch.Tensor) -> "ClockState":
         """Rows that are true have the trained weights again; the memory and the open unit stay."""
@@ -117,7 +122,7 @@ class ClockedLM(nn.Module):
         """The trained weights with a memory that was carried without a clock; its next interval ends where the clock's would have."""
         batch, device = len(memory.seen_B), memory.seen_B.device
         fastest = self.clock.fastest if self.clock.active else 0
-        slow = [name for name in self.matrices if self.clock.periods[level_of(name)] > fastest]
+        slow = [name for name in self.matrices if self.clock.periods[_level(name)] > fastest]
         levels = FastLevels.start(self.matrices, batch=batch, slow=slow)
         tokens_BC = torch.zeros(batch, fastest, dtype=torch.long, device=device)
         none = torch.zeros_like(memory.seen_B)
@@ -259,7 +264,7 @@ class _Reader:
         levels, clock = self.state.levels, self.model.clock
         moved, sums = dict(levels.moved), dict(levels.sums)
         for name, gradient in gradients.items():
-            level = level_of(name)
+            level = _level(name)
             if name in sums:
                 sums[name] = gradient = sums[name] + gradient
             due_B11 = (rows_B & (seen_B % clock.periods[level] == 0)).view(-1, 1, 1)
@@ -274,6 +279,8 @@ class _Reader:
 
 def _descend(moved: torch.Tensor, step: torch.Tensor, *, weight: torch.Tensor, clock: TokenClockConfig) -> torch.Tensor:
     """What a step [B, O, I] makes of `moved`, within the caps; without a step nothing changes."""
+    if not (clock.step_cap or clock.total_cap):
+        return moved - step
     norm = weight.detach().to(moved.dtype).norm()
     if clock.step_cap:
         step = _shorten(step, clock.step_cap * norm)
@@ -282,9 +289,16 @@ def _descend(moved: torch.Tensor, step: torch.Tensor, *, weight: torch.Tensor, c
 
 
 def _shorten(x_BOI: torch.Tensor, longest: torch.Tensor) -> torch.Tensor:
-    """Every row scaled down to a norm of at most `longest`."""
+    """Every row scaled down to a norm of at most `longest`; 0 is no limit, for a matrix of zeros has nothing to be relative to."""
     norm = x_BOI.norm(dim=(1, 2), keepdim=True)
-    return torch.where(norm > longest, x_BOI * (longest / norm.clamp_min(1e-30)), x_BOI)
+    return torch.where((norm > longest) & (longest > 0), x_BOI * (longest / norm.clamp_min(1e-30)), x_BOI)
+
+
+def _level(name: str) -> int:
+    """The CMS level of one of its layers."""
+    place = level_of(name)
+    assert place, name
+    return place[0]
 
 
 def _first(rows_B: torch.Tensor, length: int) -> torch.Tensor | None:

@@ -2,11 +2,12 @@
 
 For a matrix W of a CMS level with a period above 1, with |.| over the whole matrix whatever the layout, after the rule and its decay:
 
-    step cap s:   W <- W_before + d min(1, s |W_before| / |d|),                          d = W - W_before
-    total cap t:  W <- W_start + (W - W_start) min(1, t |W_start| / |W - W_start|)
+    step cap s:   W <- W_before + d min(1, s n(W_before) / |d|),                          d = W - W_before
+    total cap t:  W <- W_start + (W - W_start) min(1, t n(W_start) / |W - W_start|),      n(W) = max(|W|, expected |W| of new weights)
 
-The second is the projection onto a ball that holds W_before, which makes no step longer: both caps hold. A matrix of norm zero has nothing
-to be relative to and is not limited. Frozen levels are given no gradient, so that neither rule, decay nor moments touch them.
+The second is the projection onto a ball that holds W_before, which makes no step longer: both caps hold. n counts a matrix that is smaller
+than a new one as a new one: what begins at zero, as the copies of a stacked level do, could not move otherwise. Frozen levels are given no
+gradient, so that neither rule, decay nor moments touch them.
 
 Flow: `Watched` keeps the weights before a step, `Guards.act` comes after the step and before anybody reads the weights.
 """
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 
 from hope_pt.config.schema import ModelConfig, OptimConfig
-from hope_pt.optim.held import Held, Total, dot, level_of, period_of
+from hope_pt.nn.init import init_norm
+from hope_pt.nn.names import level_of
+from hope_pt.optim.held import Held, Total, dot, period_of
 
 START = "start"
 """Key of a matrix's start among the optimizer's tensors."""
@@ -40,10 +43,12 @@ class Guards:
         self._step_cap, self._total_cap = optim.level_step_cap, optim.level_total_cap
         self._total, self._device = total, device
         self._periods: dict[str, int] = {}
+        self._least: dict[str, float] = {}
         for name, shape in shapes.items():
             period = period_of(name, model)
             if (self._step_cap or self._total_cap) and len(shape) > 1 and period > 1 and not is_frozen(name, optim.freeze_levels):
                 self._periods[name] = period
+                self._least[name] = init_norm(name, shape, config=model)
         self._held = {one.name: one for one in held if one.name in self._periods}
         self.starts: dict[str, Tensor] = {}
         self.acted = {place[0]: [0, 0] for place in map(level_of, self._periods) if place}
@@ -76,7 +81,7 @@ class Guards:
                 sums[row] = self._sums(name, before[name])
         self._total(sums)
         for name, values in zip(due, sums.tolist(), strict=True):
-            self._limit(name, before.get(name), *self._factors(*values))
+            self._limit(name, before.get(name), *self._factors(*values, least=self._least[name]))
 
     def _sums(self, name: str, before: Tensor) -> Tensor:
         """|d|^2, |W_before|^2, |a|^2, <a, d> and |W_start|^2 of this rank's elements, with a = W_before - W_start."""
@@ -88,15 +93,15 @@ class Guards:
         away = before - start
         return torch.stack([dot(step, step), dot(before, before), dot(away, away), dot(away, step), dot(start, start)])
 
-    def _factors(self, step: float, weight: float, away: float, across: float, start: float) -> tuple[float, float]:
-        """By how much to shorten the step, and then the distance from the start; 1 where there is no need."""
+    def _factors(self, step: float, weight: float, away: float, across: float, start: float, *, least: float) -> tuple[float, float]:
+        """By how much to shorten the step, and then the distance from the start; 1 where there is no need. All but `least` squared."""
         shorter, closer = 1.0, 1.0
-        if self._step_cap and weight > 0 and math.sqrt(step) > self._step_cap * math.sqrt(weight):
-            shorter = self._step_cap * math.sqrt(weight / step)
-        if self._total_cap and start > 0:
+        if self._step_cap and math.sqrt(step) > (longest := self._step_cap * max(math.sqrt(weight), least)):
+            shorter = longest / math.sqrt(step)
+        if self._total_cap:
             distance = math.sqrt(max(0.0, away + 2 * shorter * across + shorter**2 * step))
-            if distance > self._total_cap * math.sqrt(start):
-                closer = self._total_cap * math.sqrt(start) / distance
+            if distance > (farthest := self._total_cap * max(math.sqrt(start), least)):
+                closer = farthest / distance
         return shorter, closer
 
     def _limit(self, name: str, before: Tensor | None, shorter: float, closer: float) -> None:

@@ -1,6 +1,5 @@
 """What one rank's optimizer holds of a parameter, and where in the model the parameter stands: the terms of `guards` and `measure`."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -8,12 +7,12 @@ import torch
 from torch import Tensor
 
 from hope_pt.config.schema import ModelConfig
+from hope_pt.nn.names import level_of
 from hope_pt.optim.matrices import Matrices
 
 Total = Callable[[Tensor], None]
 """Adds a tensor over all ranks of the job, in place; every rank calls it in the same order."""
 
-_LEVEL = re.compile(r"^blocks\.(\d+)\.cms\.levels\.(\d+)\.")
 # Elements whose numbers are in memory at once: what stays in a cache, or what fills a GPU.
 _CPU_RUN, _GPU_RUN = 1 << 16, 1 << 24
 
@@ -54,12 +53,6 @@ class Held:
         for size in self.shard_shape[self.axis :]:
             run *= size
         return local + local // run * (run * (self.count - 1)) + self.index * run
-
-
-def level_of(name: str) -> tuple[int, int] | None:
-    """(level, block) of a parameter of a CMS level by its canonical name, None for any other."""
-    found = _LEVEL.match(name)
-    return (int(found.group(2)), int(found.group(1))) if found else None
 
 
 def period_of(name: str, model: ModelConfig) -> int:

@@ -1,6 +1,7 @@
 """May this configuration continue that run? Everything that decides a loss must be unchanged; the rest may differ.
 
-Free to change: where the run and the data lie, how often things are saved and measured, trackers, reader processes, time limits, the
+Free to change: where the run and the data lie, how often things are saved and measured (but updates that were not
+measured from the first step on are never: their start is not known), trackers, reader processes, time limits, the
 parallel layout, the provider of linear layers, the micro-batch and the kernel backend (results then agree up to rounding, and the log says
 so). `train.steps` may change if the learning rate of every step already taken is the same under both lengths: "wsd" before its decay, never
 "cosine" after its warm-up.
@@ -33,6 +34,8 @@ FREE = (
     "eval.",
     "track.",
 )
+# Sketches of the start, and counts of updates, are kept from the first step on or not at all.
+MEASURED = ("eval.levels_every",)
 FREE_UP_TO_ROUNDING = (
     "engine.tensor_parallel",
     "engine.sequence_parallel",
@@ -73,7 +76,8 @@ def check_config(config: RunConfig, *, stored: RunConfig, step: int, data_parall
 
     data_parallel: degree of those steps, and of the ones to come; which no configuration says.
     """
-    changes = [line for line in diff(stored, config) if not _is_under(line, FREE)]
+    begins = bool(step and config.eval.levels_every and not stored.eval.levels_every)
+    changes = [line for line in diff(stored, config) if not _is_under(line, FREE) or (begins and _is_under(line, MEASURED))]
     rounding = [line for line in changes if _is_under(line, FREE_UP_TO_ROUNDING)]
     refused = [line for line in changes if line not in rounding]
     if any(_is_under(line, ("train.steps",)) for line in refused) and _same_past(config, stored=stored, step=step):

@@ -17,7 +17,7 @@ from hope_pt import checkpoint
 from hope_pt.checkpoint import Checkpoint
 from hope_pt.checkpoint.manifest import list_steps, step_of
 from hope_pt.config import diff, loads, to_toml
-from hope_pt.config.schema import ModelConfig, RunConfig
+from hope_pt.config.schema import ModelConfig, RunConfig, TokenClockConfig
 from hope_pt.engine import collectives
 from hope_pt.engine.sharding import Shard
 from hope_pt.errors import CheckpointError
@@ -55,13 +55,18 @@ def find_start(path: str | Path) -> Checkpoint:
     return found
 
 
-def write_start(out: Path, *, trained: Trained, model: ModelConfig, weights: Mapping[str, Tensor]) -> Path:
-    """Writes the new directory `out`, `weights` under HopeLM's names, for a run called like it; returns the path of its configuration.
+def write_start(out: Path, *, trained: Trained, model: ModelConfig, weights: Mapping[str, Tensor]) -> tuple[Path, list[str]]:
+    """Writes the new directory `out`, `weights` under HopeLM's names, for a run called like it.
 
-    That is the one of the trained run with another model and this start. CheckpointError if the disk refuses it.
+    Returns the path of its configuration, and the keys that are back at their defaults. That configuration is the one of the trained run
+    with another model and this start; with another number of levels, what it says level by level means nothing. CheckpointError if the
+    disk refuses it.
     """
     train = trained.config.train.model_copy(update={"start_from": str(out)})
     config = trained.config.model_copy(update={"name": out.name, "model": model, "train": train})
+    reset: list[str] = []
+    if len(model.cms.periods) != len(trained.config.model.cms.periods):
+        config, reset = _without_levels(config)
     text = to_toml(config)
     loads(text, source=str(out))  # a name that no run may have, for example
     meta = {"format": FORMAT, "step": 0, "config": text, "fingerprint": trained.fingerprint, "trained_as": trained.config.name}
@@ -69,7 +74,16 @@ def write_start(out: Path, *, trained: Trained, model: ModelConfig, weights: Map
     checkpoint.save(out, step=0, shards=shards, meta={**meta, "trained_steps": trained.step}, layout="one process", keep=1, keep_every=0)
     path = out / "start.toml"
     replace_text(path, text=text)
-    return path
+    return path, reset
+
+
+def _without_levels(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The configuration with no setting of single levels, and the keys that this has changed."""
+    optim = config.optim.model_copy(update={"levels": (), "freeze_levels": ()})
+    if (optim.name, optim.memory) == ("adamw", "adamw"):
+        optim = optim.model_copy(update={"matrix_lr": 0.0})  # it was that of the rules in `levels`
+    plain = config.model_copy(update={"optim": optim, "token_clock": TokenClockConfig()})
+    return plain, [line.partition(": ")[0] for line in diff(config, plain)]
 
 
 def _check_shapes(config: RunConfig, tensors: dict[str, Tensor], *, path: Path) -> None:

@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from hope_pt import cli, data
+from hope_pt.evals.audit_tokens import largest_updates
 from hope_pt.evals.generation import load_memory
+from hope_pt.evals.language import heldout
+from hope_pt.evals.scoring import lm_losses
 from hope_pt.nn import HopeLM
 from hope_pt.report import metrics
+from hope_pt.testing.configs import tiny_model, tiny_run
 from hope_pt.train.trained import load_trained
 
 
@@ -136,6 +140,34 @@ def test_since_a_checkpoint(watched, audited, capsys):
     assert found["since"] == 4 and len(found["updates"]) == 2
     since, start = ({one["row"]: one["change"] for one in audit["changes"]} for audit in (found, audited))
     assert all(0 < since[row] < start[row] for row in start)
+    assert all(one["update"]["step"] > 4 for one in found["updates"]), "what was before it is not asked for"
+    assert {one["update"]["step"] for one in audited["updates"]} - {5, 6}
+
+
+def test_an_earlier_step_knows_nothing_of_later_updates(watched, capsys):
+    found = json.loads(output(capsys, "memory", "audit", watched, "--json", "--step", 4, "--sequences", 2, "--top", 6))
+    assert [(one["update"]["level"], one["update"]["step"]) for one in found["updates"] if one["update"]["level"] == 1] in (
+        [(1, 2), (1, 4)],
+        [(1, 4), (1, 2)],
+    )
+    assert max(one["update"]["step"] for one in found["updates"]) == 4
+
+
+def test_a_restart_sums_the_gradients_of_its_whole_interval():
+    """Three nested levels of periods 1, 2, 4: level 1 restarts every 4 steps, where the update is that of its initial state."""
+    model = tiny_model(periods=(1, 2, 4))
+    model = model.model_copy(update={"cms": model.cms.model_copy(update={"variant": "nested"})})
+    names = [f"optim/level{level}/block{block}/" for level in range(3) for block in range(model.num_layers)]
+    record = {key: value for name in names for key, value in ((f"{name}update_norm", 1.0), (f"{name}update_ratio", 0.1))}
+
+    def first(level, step, config):
+        (update,) = largest_updates([record | {"step": step}], level=level, config=config, top=1)
+        return update.first
+
+    nested, chain = tiny_run(model=model), tiny_run(model=tiny_model(periods=(1, 2, 4)))
+    assert [first(1, step, nested) for step in (2, 4, 6, 8)] == [1, 1, 5, 5]
+    assert [first(1, step, chain) for step in (2, 4, 6, 8)] == [1, 3, 5, 7]
+    assert [first(0, step, nested) for step in (1, 2, 3)] == [1, 1, 3] and first(2, 8, nested) == 5
 
 
 def test_a_run_that_began_with_other_weights(finished, settings, tmp_path, capsys, fails):
@@ -146,9 +178,29 @@ def test_a_run_that_began_with_other_weights(finished, settings, tmp_path, capsy
     now, start = (load_trained(run).lm.state_dict()["embedding.weight"] for run in (tmp_path / "next", finished))
     change = next(one["change"] for one in found["changes"] if one["row"] == "embedding")
     assert change == pytest.approx(float((now - start).norm() / start.norm()), rel=1e-5)
-    assert found["updates"][0]["weights_step"] == 0
+    assert found["updates"][0]["weights_step"] == 0 and found["start_checked"]
+    assert "not checked" not in output(capsys, "memory", "audit", tmp_path / "next", "--sequences", 2, "--top", 1)
+    blind = ["name=blind", *overrides[:1], *overrides[2:], "eval.levels_every=0"]
+    assert cli.main(["train", str(settings), *blind]) == 0
     shutil.rmtree(source / "checkpoints" / "step-00000006")
     assert "has other weights now than this run began with; name a step with --since" in fails("memory", "audit", tmp_path / "next")
+    text = output(capsys, "memory", "audit", tmp_path / "blind", "--sequences", 2)
+    assert f'not checked: whether "{source}" still has the weights that this run began with' in text
+
+
+def test_a_meta_trained_run_is_evaluated_with_its_clock_and_not_audited(settings, tmp_path, capsys, fails):
+    clock = ("token_clock.periods=[8,16]", "token_clock.lr=[0.5,0.5]", "token_clock.meta_train=true", "model.mixer=attention")
+    command = ["train", str(settings), f"out={tmp_path}", *clock, "train.steps=2", "eval.every=2", "eval.levels_every=0"]
+    assert cli.main([*command, "engine.overlap_grad_reduce=false", "engine.overlap_param_gather=false"]) == 0
+    run = tmp_path / "run"
+    output(capsys, "eval", run)
+    found = json.loads((run / "eval-step-2.json").read_text())["values"]["eval/loss"]
+    assert found == pytest.approx(metrics.series(metrics.read(run / "metrics.jsonl"), key="eval/loss")[1][-1], rel=1e-5)
+    trained = load_trained(run)
+    source = data.open_source(trained.config.data, split="heldout", vocab_size=trained.config.model.vocab_size)
+    plain = heldout(lm_losses(trained.lm), source, sequences=4)["eval/loss"]
+    assert abs(found - plain) > 1e-3 * plain
+    assert "token_clock.meta_train = true" in fails("memory", "audit", run)
 
 
 def test_the_tables_say_the_same(watched, audited, capsys):
@@ -159,7 +211,7 @@ def test_the_tables_say_the_same(watched, audited, capsys):
 
 def test_a_run_without_measured_updates_still_has_changes(finished, capsys):
     text = output(capsys, "memory", "audit", finished, "--sequences", 2)
-    assert "no measured updates in metrics.jsonl" in text and "all levels" in text
+    assert "no measured updates of these steps in metrics.jsonl" in text and "all levels" in text
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,21 @@ def test_what_was_written_says_where_it_is_from(old, tmp_path):
     assert set(find_start(start).tensors()) == {f"model.{name}" for name in load_trained(old).lm.state_dict()}
 
 
+def test_settings_of_single_levels_are_not_those_of_the_new_levels(settings, tmp_path, capsys):
+    clock = ("token_clock.periods=[8]", "token_clock.lr=[0.1]")
+    levels = ('optim.levels=["muon"]', "optim.freeze_levels=[0]", "optim.matrix_lr=0.01", *clock)
+    short = ("train.steps=2", "eval.every=0", "eval.at_start=false")
+    assert cli.main(["train", str(settings), f"out={tmp_path}", *ONE_LEVEL, *levels, *short]) == 0
+    capsys.readouterr()
+    config = load(stack(tmp_path / "run", tmp_path / "cloned") / "start.toml")
+    assert (config.optim.levels, config.optim.freeze_levels, config.token_clock.periods) == ((), (), ())
+    keys = ("optim.levels", "optim.matrix_lr", "optim.freeze_levels", "token_clock.periods", "token_clock.lr")
+    assert f"back at their defaults, because they are about single levels: {', '.join(keys)}" in capsys.readouterr().out
+    kept = load(stack(tmp_path / "run", tmp_path / "deep", "assign_by_depth") / "start.toml")
+    assert (kept.optim.levels, kept.optim.freeze_levels, kept.token_clock.periods) == (("muon",), (0,), (8,))
+    assert "defaults" not in capsys.readouterr().out
+
+
 def test_mistakes(old, finished, settings, tmp_path, fails):
     def stack_fails(run, *, how="clone_k", periods="1,4", out="new"):
         line = fails("stack", run, "--how", how, "--periods", periods, "--out", tmp_path / out)

@@ -5,12 +5,15 @@ import os
 import re
 
 import pytest
+import torch
 
 from hope_pt import cli
 from hope_pt.cli.launcher import launch_from_environment
 from hope_pt.engine.launch import Launch
 from hope_pt.errors import HopeError
+from hope_pt.evals.generation import load_memory
 from hope_pt.report import metrics
+from hope_pt.train.trained import load_trained
 
 
 def output(capsys, *arguments) -> str:
@@ -77,6 +80,7 @@ def test_eval_reads_long_documents_with_and_without_a_token_clock(run_copy, fail
     assert "expected one number, or one for each of the 2" in fails(*common, "--token-clock", "1,2,3")
     assert "expected numbers with commas" in fails(*common, "--token-clock", "x")
     assert "does not divide" in fails(*common, "--token-clock", "32,48", "--token-lr", "1")
+    assert "token_clock.periods.1 = -8: " in fails(*common, "--token-clock", "32,-8", "--token-lr", "1")
     assert "the longest has" in fails("eval", run_copy, "--documents", 1, "--document-tokens", 10**7)
 
 
@@ -89,6 +93,16 @@ def test_generate_with_a_token_clock_keeps_what_it_learnt_in_the_file(finished, 
     second = output(capsys, *common, "--tokens", 15, "--load-memory", memory).rstrip("\n")
     assert first + second == whole
     assert output(capsys, *common, "--tokens", 15, "--load-memory", memory, "--freeze").strip("\n")
+    frozen = tmp_path / "frozen.safetensors"
+    once = output(capsys, *common, "--tokens", 20, "--load-memory", memory, "--freeze", "--save-memory", frozen)
+    lm = load_trained(finished).lm
+    start, still = (load_memory(path, lm=lm).learnt.state.levels for path in (memory, frozen))
+    assert still.frozen and not start.frozen and all(torch.equal(still.moved[name], value) for name, value in start.moved.items())
+    # --freeze is this call's: the file that it wrote learns again without it
+    again = tmp_path / "again.safetensors"
+    output(capsys, *common, "--tokens", 40, "--load-memory", frozen, "--save-memory", again)
+    learns = load_memory(again, lm=lm).learnt.state.levels
+    assert once and not learns.frozen and any(not torch.equal(learns.moved[name], value) for name, value in start.moved.items())
     assert "was written with --token-clock 8,16" in fails(*common, "--load-memory", memory, "--token-clock", "4,8", "--token-lr", 1)
     assert "--freeze needs --load-memory" in fails(*common, "--freeze")
 

@@ -23,7 +23,7 @@ from hope_pt.config import load
 from hope_pt.config.schema import RunConfig, TokenClockConfig
 from hope_pt.evals import documents, read_documents
 from hope_pt.nn import HopeLM, state_bytes
-from hope_pt.nn.fast_levels import level_matrices, level_of
+from hope_pt.nn.fast_levels import level_matrices
 from hope_pt.nn.token_clock import ClockedLM
 from hope_pt.train.trained import load_trained
 from tools.bench.common import ROOT, cpu_seconds, environment, peak_mib, write_results
@@ -84,10 +84,8 @@ def in_fresh_process(model: str) -> float:
 def bytes_per_sequence(name: str) -> dict[str, float]:
     """MiB of one sequence's state: the memory, which the clock keeps twice, and the levels' changes and gradient sums."""
     config = load(ROOT / "configs" / f"{name}.toml").model
-    levels = range(len(config.cms.periods))
-    matrices = level_matrices(HopeLM(config, device=torch.device("meta")), levels)
-    moved = 4 * sum(layer.weight.numel() for layer in matrices.values())
-    sums = 4 * sum(layer.weight.numel() for layer_name, layer in matrices.items() if level_of(layer_name) > 0)
+    lm, levels = HopeLM(config, device=torch.device("meta")), range(len(config.cms.periods))
+    moved, sums = (4 * sum(layer.weight.numel() for layer in level_matrices(lm, chosen).values()) for chosen in (levels, levels[1:]))
     memory = state_bytes(config)
     parts = {"memory": memory, "levels": moved, "sums": sums, "with_clock": 2 * memory + moved + sums}
     return {part: round(size / 2**20, 1) for part, size in parts.items()}

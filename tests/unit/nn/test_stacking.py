@@ -174,6 +174,14 @@ def test_wrong_periods_are_refused(how, periods, text, lm):
 
 
 @pytest.mark.parametrize("how", METHODS)
+def test_an_independent_level_is_refused(how):
+    """Its weight has no place in a chain."""
+    config = ModelConfig(vocab_size=8, num_layers=3, width=8, num_heads=2, cms=CMSConfig(periods=(1,), variant="independent"))
+    with pytest.raises(ConfigError, match=r'model.cms.variant = "independent": only a chain'):
+        METHODS[how](config, HopeLM(config).state_dict(), periods=(1, 4))
+
+
+@pytest.mark.parametrize("how", METHODS)
 def test_a_model_with_levels_is_refused(how):
     config = ModelConfig(vocab_size=8, num_layers=3, width=8, num_heads=2, cms=CMSConfig(periods=(1, 4)))
     with pytest.raises(ConfigError, match=r"periods = \[1, 4\].*one level"):

@@ -12,7 +12,8 @@ from hope_pt.config import load
 from hope_pt.config.schema import CMSConfig, ModelConfig, TokenClockConfig
 from hope_pt.errors import CheckpointError, ConfigError
 from hope_pt.nn import HopeLM
-from hope_pt.nn.fast_levels import FastLevels, level_of
+from hope_pt.nn.fast_levels import FastLevels
+from hope_pt.nn.names import level_of
 from hope_pt.nn.token_clock import ClockedLM, ClockState, meta_loss
 from hope_pt.testing.models import random_tokens, small_config, small_lm
 
@@ -26,7 +27,7 @@ def slow_twin(lm: HopeLM, tokens_T, clock: TokenClockConfig):
     """(logits [T, V], trained model with the weights changed) of one document: the definition, one plain model call an interval."""
     lm = copy.deepcopy(lm)
     state = lm.init_state(1)
-    layers = {n: m for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear) and ".cms." in n and level_of(n) in clock.active}
+    layers = {n: m for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear) and ".cms." in n and level_of(n)[0] in clock.active}
     sums = {name: torch.zeros_like(m.weight) for name, m in layers.items()}
     logits = []
     for first in range(0, len(tokens_T), clock.fastest):
@@ -40,8 +41,8 @@ def slow_twin(lm: HopeLM, tokens_T, clock: TokenClockConfig):
         gradients = torch.autograd.grad(F.cross_entropy(out[0], targets, reduction="sum"), [m.weight for m in layers.values()])
         for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
             sums[name] += gradient
-            if (first + clock.fastest) % clock.periods[level_of(name)] == 0:
-                layer.weight.data -= clock.lr[level_of(name)] * sums[name]
+            if (first + clock.fastest) % clock.periods[level_of(name)[0]] == 0:
+                layer.weight.data -= clock.lr[level_of(name)[0]] * sums[name]
                 sums[name].zero_()
     return torch.cat(logits), layers
 
@@ -173,6 +174,13 @@ def test_a_frozen_state_reads_without_learning_and_a_reset_row_is_as_trained():
     _, after = model(more, state=frozen, doc_start_BT=starts)
     assert all(torch.equal(after.levels.moved[name], t) for name, t in state.levels.moved.items())
     assert any(not torch.equal(model(more, state=after.freeze(False))[1].levels.moved[name], t) for name, t in state.levels.moved.items())
+    # What was open when it was frozen, from a document's start on, does not come back and begins no document again.
+    _, opened = model(more[:, :4], return_state=True)
+    assert opened.begins_B.tolist() == [False, False] and opened.open_B.tolist() == [4, 4]
+    _, opened = model(more[:, :4], doc_start_BT=torch.eye(1, 4).expand(2, -1) > 0, return_state=True)
+    assert opened.begins_B.tolist() == [True, True]
+    thawed = opened.freeze().freeze(False)
+    assert not thawed.begins_B.any() and not thawed.open_B.any() and not thawed.levels.frozen
     fresh = frozen.reset(torch.tensor([True, False]))
     logits, _ = model(more, state=fresh)
     assert torch.equal(logits[0], lm(more, state=state.now)[0][0])
@@ -221,9 +229,25 @@ def test_caps_bound_a_step_and_the_whole_way(step_cap, total_cap):
     model = ClockedLM(small_lm(), clock).requires_grad_(False)
     _, state = model(random_tokens(2, 25), return_state=True)
     for name, drift in state.levels.drift(model.matrices).items():
-        steps = 24 // clock.periods[level_of(name)]
+        steps = 24 // clock.periods[level_of(name)[0]]
         highest = min(total_cap or 1, (step_cap or 1) * steps)
         assert drift.max() <= highest * (1 + 1e-9) and drift.max() > highest / 4
+
+
+def test_a_matrix_of_zeros_is_not_capped_and_its_drift_is_a_number():
+    lm = small_lm("attention")
+    zero = "blocks.0.cms.levels.0.w_down"
+    lm.get_submodule(zero).weight.data.zero_()
+    clock = TokenClockConfig(periods=(6, 12), lr=(0.5, 0.0), step_cap=0.01, total_cap=0.01)
+    model = ClockedLM(lm, clock).requires_grad_(False)
+    assert model.init_state(1).levels.drift(model.matrices)[zero].tolist() == [0]
+    tokens = random_tokens(1, 26)
+    _, state = model(tokens[:, :-1], return_state=True)
+    drift = state.levels.drift(model.matrices)
+    assert drift.pop(zero).tolist() == [float("inf")]
+    assert max(float(value.max()) for value in drift.values()) <= 0.01 * (1 + 1e-9)
+    losses = meta_loss(ClockedLM(lm.requires_grad_(), clock, differentiable=True), tokens[:, :-1], tokens[:, 1:])
+    assert all(bool(gradient.isfinite().all()) for gradient in torch.autograd.grad(losses.mean(), list(lm.parameters())))
 
 
 @pytest.mark.parametrize("preset", ["fast", "attention"])

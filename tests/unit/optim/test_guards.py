@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hope_pt.config.schema import OptimConfig
+from hope_pt.nn.init import init_tensor
 from hope_pt.optim import Clocked
 from hope_pt.optim.guards import Guards, frozen
 from hope_pt.optim.held import Held
@@ -120,11 +121,22 @@ def test_both_caps_together_keep_both_promises():
     assert min(watched.guards.acted[1]) > 0
 
 
-def test_a_matrix_of_zeros_is_not_limited():
-    watched, weights = made(level_step_cap=0.01, level_total_cap=0.01)
+def test_a_matrix_that_begins_at_zero_is_held_like_a_new_one():
+    """As the w_down of a stacked level: two updates, each of at most the share of what a new matrix's norm is, and not of its own."""
+    watched, weights = made(level_step_cap=0.01)
     weights[SLOW].data.zero_()
-    run(watched, weights, 2)
-    assert weights[SLOW].abs().max() > 0 and watched.guards.acted[1] == [0, 0]
+    new = init_tensor(SLOW, SHAPES[SLOW], config=MODEL, seed=0).norm()
+    norms = []
+    for number in range(1, 5):
+        before = weights[SLOW].detach().clone()
+        step(watched, weights, number)
+        norms.append(float((weights[SLOW].detach() - before).norm() / new))
+    assert norms == [0, pytest.approx(0.01, rel=0.1), 0, pytest.approx(0.01, rel=0.1)]
+    assert norms[1] == pytest.approx(norms[3], rel=1e-5) and watched.guards.acted[1] == [2, 0]
+    both, others = made(level_step_cap=0.01, level_total_cap=0.015)
+    others[SLOW].data.zero_()
+    run(both, others, 12)
+    assert float(others[SLOW].detach().norm() / new) == pytest.approx(0.015, rel=0.1) and both.guards.acted[1][1] > 0
 
 
 @pytest.mark.parametrize("axis", [0, 1])

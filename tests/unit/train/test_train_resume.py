@@ -57,6 +57,16 @@ def test_what_decides_no_loss_may_change(change, caplog):
     assert caplog.text == ""
 
 
+def test_updates_are_measured_from_the_first_step_on_or_not_at_all(caplog):
+    off, on = changed(tiny_run(), eval={"levels_every": 0}), changed(tiny_run(), eval={"levels_every": 7})
+    with pytest.raises(ConfigError, match="eval.levels_every: 0 -> 7"):
+        resume.check(on, checkpoint=stored(off), fingerprint="abc", data_parallel=1)
+    for config, before in ((off, on), (on, changed(on, eval={"levels_every": 3})), (off, off)):
+        resume.check(config, checkpoint=stored(before), fingerprint="abc", data_parallel=1)
+    resume.check_config(on, stored=off, step=0)
+    assert caplog.text == ""
+
+
 def test_the_layout_may_change_and_the_log_says_what_that_means(caplog):
     resume.check(changed(tiny_run(), engine={"micro_batch_size": 2}), checkpoint=stored(tiny_run()), fingerprint="abc", data_parallel=1)
     assert "engine.micro_batch_size: 1 -> 2" in caplog.text and "not bit for bit" in caplog.text

@@ -327,7 +327,8 @@ class OptimConfig(Section):
     deep_momentum: DeepMomentumConfig = DeepMomentumConfig()
     """Settings of "deep_momentum"."""
     matrix_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Peak learning rate of the matrices that do not have AdamW; 0 means `lr`."""
+    """Peak learning rate of the matrices that do not have AdamW; 0 means `lr`. One for all rules: where levels have rules of different
+    rates ("dgd" beside "muon"), they cannot both have their best."""
     base_width: NonNegativeInt = 0
     """Width at which `lr` was tuned: matrices have lr (base_width / width)^e, with e by rule (docs/optimizers.md). 0 switches it off."""
     lr: PositiveFloat = 1e-3
@@ -533,6 +534,30 @@ class RunConfig(Section):
     """The trackers."""
 
     @model_validator(mode="after")
+    def _check_optim(self):
+        cms, levels = self.model.cms, len(self.model.cms.periods)
+        if self.optim.levels and len(self.optim.levels) != levels:
+            raise ValueError(f"optim.levels has {len(self.optim.levels)} entries, model.cms.periods {levels}; give every level a rule")
+        if cms.variant == "nested" and "dgd" in (self.optim.levels or (self.optim.name,)):
+            raise ValueError(
+                'optim: rule "dgd" keeps the inputs of one set of weights, a level of model.cms.variant = "nested" has two; choose another'
+            )
+        caps = {"optim.level_step_cap": self.optim.level_step_cap, "optim.level_total_cap": self.optim.level_total_cap}
+        key = "model.cms.depth_periods" if cms.depth_periods else "model.cms.periods"
+        periods = cms.depth_periods or cms.periods
+        if max(periods) == 1 and any(caps.values()):
+            cap = next(cap for cap, value in caps.items() if value)
+            raise ValueError(
+                f"{cap} = {caps[cap]} is for levels with a period above 1, and {key} = {list(periods)}; set the cap to 0, or longer periods"
+            )
+        if self.optim.matrix_lr and {self.optim.name, self.optim.memory, *self.optim.levels} == {"adamw"}:
+            raise ValueError(
+                f"optim.matrix_lr = {self.optim.matrix_lr} is for matrices that do not have AdamW, and all have it; set optim.lr, or give "
+                "optim.name, optim.levels or optim.memory another rule"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check(self):
         levels = len(self.model.cms.periods)
         absent = [level for level in self.optim.freeze_levels if level >= levels]
@@ -542,12 +567,6 @@ class RunConfig(Section):
             )
         if self.token_clock.periods and len(self.token_clock.periods) != levels:
             raise ValueError(f"token_clock.periods has {len(self.token_clock.periods)} entries, the model has {levels} CMS levels")
-        if self.optim.levels and len(self.optim.levels) != levels:
-            raise ValueError(f"optim.levels has {len(self.optim.levels)} entries, model.cms.periods {levels}; give every level a rule")
-        if self.model.cms.variant == "nested" and "dgd" in (self.optim.levels or (self.optim.name,)):
-            raise ValueError(
-                'optim: rule "dgd" keeps the inputs of one set of weights, a level of model.cms.variant = "nested" has two; choose another'
-            )
         reach = (self.model.titans.conv_width - 1) * self.model.num_layers
         if self.data.source == "mqar" and self.data.mqar.gap <= reach:
             raise ValueError(

@@ -64,3 +64,9 @@ def _check(config: RunConfig, mesh: Mesh) -> None:
             raise ConfigError(
                 f"token_clock.meta_train = true runs with {key} = {needed} only, got {value}; set it, or switch meta_train off"
             )
+    for key, names in {"optim.name": (config.optim.name,), "optim.levels": config.optim.levels}.items():
+        if "dgd" in names:
+            raise ConfigError(
+                f'token_clock.meta_train = true does not go with "dgd" in {key}: the inputs of a layer are seen where its own module runs, '
+                "and meta-training runs another with its weights; choose another rule, or switch meta_train off"
+            )

@@ -57,14 +57,15 @@ class OuterOptimizer:
         shapes = whole_shapes(parameters, ranks=plan.groups.tensor.size())
         groups = group_parameters(shapes, config=config.model, optim=config.optim)
         self.rules = {name: group.rule.optimizer for group in groups for name in group.names}
-        inputs = {name: parameters[name] for name, rule in self.rules.items() if rule == "dgd"}
+        self._watched_inputs = _read_inputs(groups, optim=config.optim)
+        inputs = {name: parameters[name] for name in self._watched_inputs}
         self._inputs = SharedInputs(inputs, models=models, plan=plan) if inputs else None
         self._exchange: Exchange | None = None
         self.owner_of: dict[str, int] = {}
         if self.sharding == "layers":
             replicas = plan.groups.data_context
             periods = {name: group.rule.period for group in groups for name in group.names}
-            self.owner_of = owners(update_costs(shapes, config=config), periods=periods, ranks=replicas.size())
+            self.owner_of = owners(update_costs(shapes, model=config.model, optim=config.optim), periods=periods, ranks=replicas.size())
             self._exchange = Exchange(parameters, owner_of=self.owner_of, periods=periods, group=replicas)
             groups = groups_of(groups, owner_of=self.owner_of, rank=replicas.rank())
         inner = _inner(groups, parameters, config=config, plan=plan)
@@ -123,8 +124,11 @@ class OuterOptimizer:
         return self._inputs.collected.paused() if self._inputs else contextlib.nullcontext()
 
     def _keep_inputs(self, grams: Mapping[str, Tensor]) -> None:
-        """Add what the layers saw to the state of their weights; without a gradient (a dropped step, a frozen level) it is forgotten."""
-        for name in grams.keys() & self.pieces.keys():
+        """Add what the layers saw to the state of their weights; without a gradient (a dropped step, a frozen level) it is forgotten.
+
+        KeyError for weights with a gradient whose layers no hook has seen: their rule would become plain gradient descent.
+        """
+        for name in self._watched_inputs & self.pieces.keys():
             main = self.pieces[name].main
             if self._deep is not None and main.grad is not None:
                 self._deep.state_of(main, group=self._deep_group[name])["gram"].add_(grams[name])
@@ -176,6 +180,12 @@ class OuterOptimizer:
 def whole_shapes(parameters: Mapping[str, Tensor], *, ranks: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the whole parameters of which each of `ranks` tensor-parallel ranks has a part."""
     return {name: Shard(name, value, shard_axis(name), 0, ranks).full_shape for name, value in parameters.items()}
+
+
+def _read_inputs(groups: Sequence[Group], *, optim: OptimConfig) -> set[str]:
+    """Parameters whose rule needs the inputs of their layers."""
+    deep = _deep_groups(groups)
+    return {name for group in deep if make_rule(group.rule.optimizer, optim=optim).reads_inputs for name in group.names}
 
 
 def _deep_groups(groups: Sequence[Group]) -> list[Group]:

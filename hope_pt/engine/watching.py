@@ -22,8 +22,9 @@ from hope_pt.optim.groups import Group
 from hope_pt.optim.guards import Guards, frozen
 from hope_pt.optim.held import Held
 from hope_pt.optim.matrices import Matrices
-from hope_pt.optim.measure import Measures, orthogonalises
+from hope_pt.optim.measure import Measures
 from hope_pt.optim.nested import Nested
+from hope_pt.optim.rules import make_rule
 from hope_pt.optim.watch import Watched
 
 
@@ -97,6 +98,6 @@ def _held(name: str, piece: Piece, parameter: nn.Parameter, *, matrices: Matrice
 
 def _matrices(name: str, parameter: nn.Parameter, *, groups: Sequence[Group], config: RunConfig, plan: Plan) -> Matrices | None:
     for group in groups:
-        if name in group.names and group.view and orthogonalises(group.rule.optimizer, optim=config.optim):
+        if name in group.names and group.view and make_rule(group.rule.optimizer, optim=config.optim).orthogonalises:
             return matrices_of(group.view, ndim=parameter.dim(), group=plan.groups.tensor)
     return None

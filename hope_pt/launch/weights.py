@@ -12,7 +12,8 @@ from hope_pt.engine.sharding import shard_axis
 from hope_pt.launch.activations import META
 from hope_pt.nn import HopeLM
 from hope_pt.optim.groups import Group, group_parameters
-from hope_pt.optim.rules import make_rule
+from hope_pt.optim.matrices import View
+from hope_pt.optim.rules import UpdateRule, make_rule
 
 FP32 = 4
 
@@ -83,6 +84,11 @@ def _groups(model: ModelConfig, optim: OptimConfig) -> tuple[dict[str, tuple[int
     return shapes, {name: group for group in groups for name in group.names}
 
 
+@functools.cache
+def _costs(model: ModelConfig, optim: OptimConfig) -> dict[str, float]:
+    return costs.update_costs(_groups(model, optim)[0], model=model, optim=optim)
+
+
 def held(config: RunConfig, mesh: Mesh, *, stage: int) -> list[Held]:
     """The parameters on a rank of pipeline stage `stage`; a tied embedding is on the first and on the last."""
     return _held(config.model, config.optim, config.engine.precision, mesh, stage)
@@ -92,50 +98,54 @@ def held(config: RunConfig, mesh: Mesh, *, stage: int) -> list[Held]:
 def _held(model: ModelConfig, optim: OptimConfig, precision: str, mesh: Mesh, stage: int) -> list[Held]:
     blocks = {f"blocks.{index}." for piece in range(mesh.virtual) for index in mesh.layers(stage, piece)}
     first, last = stage == 0, stage == mesh.pipeline - 1
-    shapes, groups = _groups(model, optim)
     found = []
-    for name, shape in shapes.items():
+    for name in _groups(model, optim)[0]:
         if name == "embedding.weight":
             here = first or (last and model.tie_embeddings)
         else:
             here = name[: name.index(".", 7) + 1] in blocks if name.startswith("blocks.") else last
         if here:
-            found.append(_one(name, shape, groups[name], optim=optim, precision=precision, tensor=mesh.tensor))
+            found.append(_one(name, model=model, optim=optim, precision=precision, tensor=mesh.tensor))
     return found
 
 
-def _one(name: str, shape: tuple[int, ...], group: Group, *, optim: OptimConfig, precision: str, tensor: int) -> Held:
-    rule, view, numel = group.rule, group.view, math.prod(shape)
+def _one(name: str, *, model: ModelConfig, optim: OptimConfig, precision: str, tensor: int) -> Held:
+    shapes, groups = _groups(model, optim)
+    shape, group = shapes[name], groups[name]
+    clock, view, numel = group.rule, group.view, math.prod(shape)
     local = numel // (1 if shard_axis(name) is None else tensor)
     is_matrix = len(shape) == 2 and ".core." not in name
-    flops = costs.update_flops(shape, view, optimizer=rule.optimizer, optim=optim)
-    divided = view is not None and tensor > 1 and not view.is_local(len(shape))
-    tensors, own = _state(shape, group, optim=optim)
-    own = own // tensor if view is not None and view.is_local(len(shape)) else own
+    rule = make_rule(clock.optimizer, optim=optim) if view is not None else None
+    tensors, own = _state(shape, view, rule)
+    divided = False
+    if view is not None and view.is_local(len(shape)):
+        own //= tensor
+    elif view is not None:
+        divided = tensor > 1
     # A nested level has state of its own for its initial value, and that, and a sum of gradients.
-    twice, more = (2, 2) if rule.restart else (1, 0)
+    twice, more = (2, 2) if clock.restart else (1, 0)
     return Held(
         name=name,
         numel=local,
         columns=shape[-1],
         width=2 if precision == "bf16" and is_matrix else FP32,
-        period=rule.period,
+        period=clock.period,
         state=FP32 * (twice * (tensors * local + own) + more * local),
-        inputs=FP32 * own if rule.optimizer == "dgd" else 0,
-        flops=flops,
-        cost=flops + costs.ELEMENT_FLOPS * numel,
-        exchanged=costs.exchanged_tensors(rule.optimizer, optim=optim) if divided else 0.0,
-        gathered=FP32 * own if divided and rule.optimizer == "deep_momentum" else 0,
+        inputs=FP32 * own if rule and rule.reads_inputs else 0,
+        flops=costs.update_flops(shape, group, optim=optim),
+        cost=_costs(model, optim)[name],
+        exchanged=rule.exchanged if rule and divided else 0.0,
+        # The sums of inputs are already the same on all of them.
+        gathered=FP32 * own if rule and divided and not rule.reads_inputs else 0,
     )
 
 
-def _state(shape: tuple[int, ...], group: Group, *, optim: OptimConfig) -> tuple[int, int]:
-    """(state tensors of the parameter's shape, elements of state with a shape of its own) of a whole parameter."""
-    if group.view is None:
+def _state(shape: tuple[int, ...], view: View | None, rule: UpdateRule | None) -> tuple[int, int]:
+    """(state tensors of the parameter's shape, elements of state with a shape of its own) of a whole parameter; None: AdamW."""
+    if view is None or rule is None:
         return 2, 0
-    rule = make_rule(group.rule.optimizer, optim=optim)
-    sizes = rule.matrix_keys(max(group.view.rows(shape)), shape[-1]).values()
-    return len(rule.keys), math.prod(group.view.lead(shape)) * sum(math.prod(size) for size in sizes)
+    sizes = rule.matrix_keys(max(view.rows(shape)), shape[-1]).values()
+    return len(rule.keys), math.prod(view.lead(shape)) * sum(math.prod(size) for size in sizes)
 
 
 def weight_bytes(config: RunConfig, mesh: Mesh, *, stage: int) -> WeightBytes:
@@ -166,6 +176,6 @@ def owned(config: RunConfig, mesh: Mesh, *, stage: int) -> list[list[Held]]:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of a checkpoint's tensors, whatever the layout: fp32 masters, optimizer state, accumulated gradients of slow levels."""
-    shapes, groups = _groups(config.model, config.optim)
-    whole = [_one(name, shape, groups[name], optim=config.optim, precision="fp32", tensor=1) for name, shape in shapes.items()]
+    names = _groups(config.model, config.optim)[0]
+    whole = [_one(name, model=config.model, optim=config.optim, precision="fp32", tensor=1) for name in names]
     return sum(FP32 * p.numel + p.state + p.accumulated for p in whole)

@@ -20,9 +20,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hope_pt.config.schema import ModelConfig, OptimConfig, OptimizerName
+from hope_pt.nn.names import level_of
 from hope_pt.optim.matrices import View, view_of
+from hope_pt.optim.rules import make_rule
 
-_LEVEL = re.compile(r"blocks\.(\d+)\.cms\.levels\.(\d+)\.")
 ADAMW = OptimConfig()
 """AdamW for all parameters."""
 _MEMORY = re.compile(r"\.core\.(mem|proj)_weights\.")
@@ -51,9 +52,9 @@ class Group:
 
 def rule_of(name: str, *, ndim: int, config: ModelConfig, optim: OptimConfig = ADAMW) -> Rule:
     """Rule of the parameter with canonical name `name` and `ndim` dimensions. optim: the default is AdamW for all."""
-    level = _LEVEL.search(name)
-    if level:
-        block, index = int(level.group(1)), int(level.group(2))
+    place = level_of(name)
+    if place:
+        index, block = place
         period, restart = config.cms.period(index, block=block), config.cms.restart(index)
         if ndim == 1:
             return Rule("cms-norm", False, period, restart=restart)
@@ -77,21 +78,8 @@ def lr_scale(optimizer: OptimizerName, *, config: ModelConfig, optim: OptimConfi
 
 
 def width_exponent(optimizer: OptimizerName, *, optim: OptimConfig) -> float:
-    """The exponent e of lr = optim.lr (base_width / width)^e for a matrix of which both sides grow with the width.
-
-    What a layer computes must move as much at every width. An update of AdamW has entries of a fixed size and is aligned with the inputs:
-    e = 1 (muP, arXiv 2203.03466). An orthogonalised update with entries of a fixed size is not aligned, it turns all inputs by as much:
-    e = 1/2, and e = 0 where its singular values are of a fixed size ("spectral"). An update that is the gradient's size has e = 0.
-    """
-    if optimizer == "muon":
-        return 0.5 if optim.muon.scale == "rms" else 0.0
-    if optimizer in ("momentum", "delta_momentum"):
-        return {"none": 0.0, "adam": 1.0, "newton_schulz": 0.5}[optim.momentum.preconditioner]
-    if optimizer == "deep_momentum":
-        return 0.5 if optim.deep_momentum.output == "newton_schulz" else {"none": 0.0, "adam": 1.0}[optim.deep_momentum.preconditioner]
-    if optimizer == "m3":
-        return 0.5 if optim.m3.mode == "ema" else 0.0
-    return {"adamw": 1.0, "dgd": 0.0}[optimizer]
+    """The exponent e of lr = optim.lr (base_width / width)^e: the rule's (`UpdateRule.width_exponent`), and 1 for AdamW."""
+    return 1.0 if optimizer == "adamw" else make_rule(optimizer, optim=optim).width_exponent
 
 
 def group_parameters(shapes: Mapping[str, Iterable[int]], *, config: ModelConfig, optim: OptimConfig = ADAMW) -> list[Group]:
@@ -101,7 +89,8 @@ def group_parameters(shapes: Mapping[str, Iterable[int]], *, config: ModelConfig
         shape = tuple(sizes)
         rule = rule_of(name, ndim=len(shape), config=config, optim=optim)
         deep = rule.optimizer != "adamw"
-        view = view_of(name, config=config, split=rule.optimizer != "dgd") if deep else None
+        # What a rule reads of the layer's inputs is the same for all streams of an input projection.
+        view = view_of(name, config=config, split=not make_rule(rule.optimizer, optim=optim).reads_inputs) if deep else None
         members.setdefault((rule, shape if deep else (), view), []).append(name)
     return [Group(rule, tuple(names), view) for (rule, _, view), names in members.items()]
 

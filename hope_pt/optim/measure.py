@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope_pt.config.schema import ModelConfig, OptimConfig, OptimizerName
+from hope_pt.config.schema import ModelConfig
+from hope_pt.nn.names import level_of
 from hope_pt.optim.groups import rule_of
 from hope_pt.optim.guards import is_frozen
-from hope_pt.optim.held import Held, Total, dot, level_of, period_of
+from hope_pt.optim.held import Held, Total, dot, period_of
 from hope_pt.optim.sketch import BUCKETS, sketch
 
 # In front of the sketches: |d|^2, |W_before|^2, elements of d that are not finite, elements; residual times elements, such elements.
@@ -204,13 +205,6 @@ class Measures:
         for period, (updates, last, fed) in scalars["clocks"].items():
             self._clocks[int(period)] = _Clock(updates, last, fed)
         self.skipped = scalars["skipped"]
-
-
-def orthogonalises(rule: OptimizerName, *, optim: OptimConfig) -> bool:
-    """Whether the directions of a rule come out of Newton-Schulz."""
-    if rule in ("momentum", "delta_momentum"):
-        return optim.momentum.preconditioner == "newton_schulz"
-    return rule in ("muon", "m3") or (rule == "deep_momentum" and optim.deep_momentum.output == "newton_schulz")
 
 
 def _residuals(x_MRC: Tensor, rows_M: Tensor) -> tuple[Tensor]:

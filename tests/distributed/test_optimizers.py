@@ -16,7 +16,7 @@ from hope_pt.engine.matrices import matrices_of
 from hope_pt.errors import ConfigError
 from hope_pt.optim import Matrices, View
 from hope_pt.testing import deep_run, difference, run_distributed, worst_difference
-from hope_pt.testing.layouts import running, train_all, train_on_engine, train_plainly, with_engine
+from hope_pt.testing.layouts import part_at, running, train_all, train_on_engine, train_plainly, with_engine
 
 STEPS = 10
 PARAMETERS = 1e-5
@@ -29,6 +29,8 @@ TWO = {
     "dp2 sharded": SHARDED,
     "cp2 sharded": {"context_parallel": 2, **SHARDED},
 }
+# The inputs of the layers, which no other rule has, under every axis: without sequence parallelism a column-parallel layer sees all tokens.
+INPUTS = {"cp2": {"context_parallel": 2}, "tp2 whole": {"tensor_parallel": 2, "sequence_parallel": False}}
 FOUR = {"tp4": {"tensor_parallel": 4}, "tp2 dp2 sharded": {"tensor_parallel": 2, **SHARDED}}
 FEW = {"tp2", "dp2 sharded"}
 RULES = ("m3", "muon", "momentum", "delta_momentum", "deep_momentum", "dgd")
@@ -39,6 +41,7 @@ CASES = [
     for layout in (*TWO, *FOUR)
     if layout in FEW or rule == "m3" or (rule == "muon" and layout != "cp2 sharded")
 ]
+CASES += [("dgd", layout) for layout in ("pp2", *INPUTS)]
 
 
 def config_of(rule):
@@ -52,7 +55,7 @@ def alone(rule):
 
 @functools.cache
 def trained(size):
-    layouts = {2: TWO, 4: FOUR}[size]
+    layouts = {2: TWO | INPUTS, 4: FOUR}[size]
     cases = [case for case in CASES if case[1] in layouts]
     configs = [with_engine(config_of(rule), **layouts[layout]) for rule, layout in cases]
     ranks = run_distributed(functools.partial(train_all, steps=STEPS), world_size=size, timeout_s=170, args=(configs,))
@@ -63,7 +66,7 @@ def trained(size):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("rule", "layout"), CASES)
 def test_parameters_after_ten_steps_do_not_depend_on_the_layout(rule, layout):
-    runs = trained(2 if layout in TWO else 4)[rule, layout]
+    runs = trained(4 if layout in FOUR else 2)[rule, layout]
     reference = alone(rule)
     for run in runs:
         assert not isinstance(run, str), run
@@ -76,6 +79,15 @@ def test_rules_differ():
     """Else the comparison above would show nothing about them."""
     for rule in (*RULES[1:], NESTED):
         assert difference(alone(rule).weights, alone("m3").weights) > 1e-3, rule
+
+
+def test_weights_whose_inputs_nobody_saw_are_an_error():
+    """Else the rule would be plain gradient descent."""
+    with running(deep_run("dgd"), launch=Launch()) as trainer:
+        trainer.step(part_at(trainer, 0))
+        trainer.optimizer._inputs.collected.close()
+        with pytest.raises(KeyError, match="weight"):
+            trainer.step(part_at(trainer, 1))
 
 
 def test_the_engine_does_what_plain_torch_does():

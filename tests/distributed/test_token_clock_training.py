@@ -78,3 +78,11 @@ def test_two_data_parallel_ranks_are_one():
 def test_what_this_path_does_not_have_is_refused(engine, message):
     with pytest.raises(ConfigError, match=message), running(config_of(**engine)):
         pass
+
+
+@pytest.mark.parametrize(("key", "optim"), [("optim.name", {"name": "dgd"}), ("optim.levels", {"levels": ("muon", "dgd")})])
+def test_a_rule_that_needs_the_inputs_of_the_layers_is_refused(key, optim):
+    config = config_of()
+    config = config.model_copy(update={"optim": config.optim.model_copy(update=optim)})
+    with pytest.raises(ConfigError, match=f'"dgd" in {key}: .* choose another rule'), running(config):
+        pass

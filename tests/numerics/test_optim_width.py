@@ -1,5 +1,8 @@
 """Learning rates by width: what a network computes moves as much after some steps at every width, with the exponents of `groups`."""
 
+import functools
+import math
+
 import pytest
 import torch
 
@@ -9,8 +12,8 @@ from hope_pt.optim.groups import width_exponent
 
 BASE, WIDTHS = 64, (64, 128, 256)
 STEADY = (0.85, 1.15)
-"""Growth of the movement from one width to the next, twice as wide: 0.89 to 1.11 as measured; a wrong exponent gives at most 0.77 or at
-least 1.2."""
+"""Growth of the movement from one width to the next, twice as wide: 0.88 to 1.10 as measured. Another exponent gives at most 0.78 or at
+least 1.20, but for AdamW's 1/2, with 1.15 (also from 256 to 512, where its 1 gives 0.96): what is steady must be nearest to 1, too."""
 CASES = {
     "adamw": OptimConfig(),
     "muon": OptimConfig(name="muon"),
@@ -51,8 +54,9 @@ def movement(optim, width, *, exponent):
     return (hidden(torch.arange(64)).detach() - before).square().mean().sqrt().item()
 
 
-def growth(optim, *, exponent):
-    moved = [movement(optim, width, exponent=exponent) for width in WIDTHS]
+@functools.cache
+def growth(case, *, exponent):
+    moved = [movement(CASES[case], width, exponent=exponent) for width in WIDTHS]
     return (moved[-1] / moved[0]) ** (1 / (len(WIDTHS) - 1))
 
 
@@ -60,9 +64,12 @@ def growth(optim, *, exponent):
 def test_movement_does_not_depend_on_the_width(case):
     optim = CASES[case]
     exponent = width_exponent(optim.name, optim=optim)
-    assert STEADY[0] < growth(optim, exponent=exponent) < STEADY[1]
+    assert STEADY[0] < growth(case, exponent=exponent) < STEADY[1]
 
 
-@pytest.mark.parametrize(("case", "exponent"), [("muon", 0.0), ("muon", 1.0), ("muon spectral", 0.5), ("delta momentum", 0.5), ("m3", 0.0)])
-def test_another_exponent_does_not_transfer(case, exponent):
-    assert not 0.8 < growth(CASES[case], exponent=exponent) < 1.2
+@pytest.mark.parametrize("case", list(CASES))
+def test_another_exponent_does_not_transfer(case):
+    optim = CASES[case]
+    own = width_exponent(optim.name, optim=optim)
+    off = {exponent: abs(math.log(growth(case, exponent=exponent))) for exponent in (0.0, 0.5, 1.0)}
+    assert all(off[exponent] > 1.5 * off[own] for exponent in off if exponent != own), off

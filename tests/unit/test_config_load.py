@@ -80,6 +80,7 @@ def test_override_of_a_number_stays_exact(minimal):
         ("data.path=[1", ["not valid TOML"]),
         ("train.global_batch_size=33", ["global_batch_size = 33 is not a multiple"]),
         ("name=../x", ['name = "../x"']),
+        ("optim.matrix_lr=0.01", ["optim.matrix_lr = 0.01", "all have it", "set optim.lr"]),
     ],
 )
 def test_a_wrong_override_is_one_line_that_helps(minimal, override, parts):

@@ -143,13 +143,28 @@ def test_the_table_prints_rule_and_scale():
 
 
 def run_config(**settings):
-    return RunConfig(name="x", model=CONFIG, data={"source": "mqar", "mqar": {"gap": 50}}, train=TrainConfig(steps=1), **settings)
+    settings = {"model": CONFIG, **settings}
+    return RunConfig(name="x", data={"source": "mqar", "mqar": {"gap": 50}}, train=TrainConfig(steps=1), **settings)
 
 
 def test_wrong_levels_are_refused():
     with pytest.raises(ValidationError, match=r"optim.levels has 2 entries, model.cms.periods 3"):
         run_config(optim=OptimConfig(levels=("m3", "m3")))
     run_config(optim=OptimConfig(levels=("m3", "m3", "dgd")))
+
+
+def test_settings_that_would_do_nothing_are_refused():
+    fast = CONFIG.model_copy(update={"cms": CMSConfig(periods=(1, 1))})
+    by_depth = CONFIG.model_copy(update={"cms": CMSConfig(periods=(1,), depth_periods=(1,) * CONFIG.num_layers)})
+    for cap in ("level_step_cap", "level_total_cap"):
+        for model, key in ((fast, "periods = .1, 1."), (by_depth, "depth_periods")):
+            with pytest.raises(ValidationError, match=rf"optim.{cap} = 0.01 is for levels .* model.cms.{key}"):
+                run_config(model=model, optim=OptimConfig(**{cap: 0.01}))
+        run_config(optim=OptimConfig(**{cap: 0.01}))
+    with pytest.raises(ValidationError, match="optim.matrix_lr = 0.01 is for matrices that do not have AdamW"):
+        run_config(optim=OptimConfig(matrix_lr=0.01))
+    run_config(optim=OptimConfig(matrix_lr=0.01, levels=("adamw", "adamw", "muon")))
+    run_config(optim=OptimConfig(matrix_lr=0.01, memory="muon"))
 
 
 def test_delta_gradient_descent_is_for_linear_layers():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -243,6 +244,16 @@ def test_transfer_finds_the_best_rate():
     found = coordinate_check.transfers(rows, [64, 256])
     assert [row["best_rate"] for row in found] == [2.0, 1.0, 2.0]
     assert coordinate_check.transfer_table(found).count("|") > 20
+
+
+def test_bad_arguments_are_told_in_one_line(capsys):
+    wrong = (["--optimizers", "adamw,muno"], "unknown optimizer 'muno'; choose from adamw, muon"), (["--budget", "220"], "not STEPS,BATCH")
+    for arguments, message in wrong:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(sys, "argv", ["compare", *arguments])
+            compare.main()
+        assert message in capsys.readouterr().err
+    assert compare.budget_of("3,4") == compare.Budget(3, 4) and common.optimizers("m3,muon") == ("m3", "muon")
 
 
 def test_counted_cost_of_m3_is_nine_eighths_of_muons():

@@ -4,6 +4,7 @@ Every experiment tunes one learning rate per optimizer with seed 0 on a grid of 
 best rate lies on it, and runs the remaining seeds at the best rate. Results go to docs/results/optimizers.
 """
 
+import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,15 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.5,
 }
+
+
+def optimizers(text: str) -> tuple[str, ...]:
+    """Argument "NAME,NAME"; ArgumentTypeError for a name that is not of `OPTIMIZERS`."""
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in OPTIMIZERS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown optimizer {unknown[0]!r}; choose from {', '.join(OPTIMIZERS)}")
+    return names
 
 
 @dataclass(frozen=True)

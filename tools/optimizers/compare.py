@@ -255,11 +255,19 @@ def draw(axes: Sequence[Axes], runs: Mapping[str, Sequence[Run]], *, tokens_per_
     axes[0].legend()
 
 
+def budget_of(text: str) -> Budget:
+    """Argument "STEPS,BATCH"; ArgumentTypeError unless these are two numbers above 0."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not STEPS,BATCH, two numbers above 0; for example 220,8")
+    return Budget(int(parts[0]), int(parts[1]))
+
+
 def main() -> int:
     """All runs that are missing, then table, JSON and figure."""
     parser = argparse.ArgumentParser(description="Loss of every optimizer on the small configuration, equal tokens, tuned rates.")
-    parser.add_argument("--budget", default="220,8", help="steps,sequences in a step")
-    parser.add_argument("--optimizers", default=",".join(OPTIMIZERS), help="AdamW always runs")
+    parser.add_argument("--budget", type=budget_of, default=Budget(220, 8), help="steps,sequences in a step")
+    parser.add_argument("--optimizers", type=common.optimizers, default=OPTIMIZERS, help="AdamW always runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--extend", type=int, default=2, help="rates beyond the edge of the grid, where the best lies on it")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each")
@@ -267,11 +275,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--time", choices=OPTIMIZERS, help="only time this optimizer, here, and print JSON")
     arguments = parser.parse_args()
-    budget = Budget(*map(int, arguments.budget.split(",")))
+    budget = arguments.budget
     if arguments.time:
         print(json.dumps(time_optimizer(arguments.time, budget=budget)))
         return 0
-    names = ["adamw", *(name for name in arguments.optimizers.split(",") if name != "adamw")]
+    names = ["adamw", *(name for name in arguments.optimizers if name != "adamw")]
     scores, runs = compare(
         budget=budget, names=names, seeds=arguments.seeds, extend=arguments.extend, workers=arguments.workers, out=arguments.runs
     )

@@ -12,7 +12,6 @@ Both with `optim.base_width` on (the narrowest width) and off. Writes coordinate
 """
 
 import argparse
-import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +25,6 @@ from matplotlib.axes import Axes
 from hope_pt import engine
 from hope_pt.config import RunConfig, load
 from hope_pt.data import Batch, Source, open_source
-from hope_pt.errors import DivergenceError
 from hope_pt.nn import HopeLM
 from hope_pt.optim import rule_of
 from tools.bench.common import ROOT, environment
@@ -135,13 +133,10 @@ def run(case: Case) -> dict[str, Any]:
     first = {name: value.clone() for name, value in _model(trainer).state_dict().items()}
     losses: list[float] = []
     changes: dict[int, dict[str, dict[str, float]]] = {}
-    try:
-        for step in range(case.steps):
-            losses.append(trainer.step(rows_of(train, step * BATCH, BATCH)).loss)
-            if case.probe and step + 1 in MEASURED_STEPS:
-                changes[step + 1] = changes_of(_model(trainer), first, probe_BT, config)
-    except DivergenceError:
-        losses.append(math.inf)
+    for step in range(case.steps):
+        losses.append(trainer.step(rows_of(train, step * BATCH, BATCH)).loss)
+        if case.probe and step + 1 in MEASURED_STEPS:
+            changes[step + 1] = changes_of(_model(trainer), first, probe_BT, config)
     engine.stop(plan)
     return {**case._asdict(), "losses": losses, "changes": changes}
 
@@ -266,14 +261,14 @@ def main() -> int:
     """Both checks, their tables, JSON and figure."""
     parser = argparse.ArgumentParser(description="Coordinate check and transfer of the learning rate over widths.")
     parser.add_argument("--widths", default="64,128,256", help="the first is the base width")
-    parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
+    parser.add_argument("--optimizers", type=common.optimizers, default=OPTIMIZERS)
     parser.add_argument("--steps", type=int, default=MEASURED_STEPS[-1], help="of the coordinate check")
     parser.add_argument("--transfer-steps", type=int, default=60)
     parser.add_argument("--rates", default=",".join(map(str, TRANSFER_RATES)))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    names, widths = arguments.optimizers.split(","), [int(width) for width in arguments.widths.split(",")]
+    names, widths = arguments.optimizers, [int(width) for width in arguments.widths.split(",")]
     rates = [float(rate) for rate in arguments.rates.split(",")]
     checks = list(coordinate_cases(names, widths, steps=arguments.steps))
     grid = list(transfer_cases(names, widths, steps=arguments.transfer_steps, rates=rates))

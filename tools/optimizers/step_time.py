@@ -3,9 +3,9 @@
 Measured: one update of the real parameters in fp32, group by group, without a model: a group with period n counts 1/n, M3's slow momentum
 as often as it moves. And the tokens a second of forward and backward pass of the whole model on the same threads, from which follows the
 share of a step of 524,288 tokens. Counted: FLOPs of the updates, divided over 8 layer-wise ranks as the engine divides them (the fullest
-rank counts), over those of forward and backward pass of a rank's tokens; and in seconds on 8 H100 by the planner's guesses, which no GPU
-has confirmed. Writes step_time.json. `python -m tools.optimizers.step_time [--layers N]`: blocks are equal, so some of them are measured
-and scaled up to all.
+rank counts), over those of forward and backward pass of a rank's tokens; and the seconds of the update, memory traffic included, on 8 H100
+by the planner's guesses, which no GPU has confirmed. Writes step_time.json. `python -m tools.optimizers.step_time [--layers N]`: blocks are
+equal, so some of them are measured and scaled up to all.
 """
 
 import argparse
@@ -20,12 +20,11 @@ from torch import Tensor
 
 from hope_pt.config import RunConfig, load
 from hope_pt.config.schema import OptimizerName
-from hope_pt.engine.costs import update_costs, update_flops
-from hope_pt.engine.layerwise import owners
 from hope_pt.engine.mesh import check_mesh
 from hope_pt.launch.gpus import gpu_of
-from hope_pt.launch.speed import ASSUMED
+from hope_pt.launch.speed import optimizer_s
 from hope_pt.launch.speed import step_time as planned_step_time
+from hope_pt.launch.weights import owned
 from hope_pt.nn import HopeLM, flops_per_token
 from hope_pt.optim import Group, group_parameters
 from hope_pt.optim.deep import DeepOptimizer
@@ -43,7 +42,9 @@ Shapes = dict[str, tuple[int, ...]]
 def config_of(name: OptimizerName, *, layers: int = 0) -> RunConfig:
     """hope_170m with the matrices' rule `name`, and with fewer layers where `layers` says so."""
     shorter = [f"model.num_layers={layers}"] if layers else []
-    return load(ROOT / "configs" / "hope_170m.toml", [f"optim.name={name}", *shorter])
+    # Whole parameters on their owners are not gathered while the next step already runs.
+    gathered = ["engine.overlap_param_gather=false"] if name != "adamw" else []
+    return load(ROOT / "configs" / "hope_170m.toml", [f"optim.name={name}", *gathered, *shorter])
 
 
 def shapes_of(config: RunConfig) -> Shapes:
@@ -124,28 +125,18 @@ def tokens_per_s(*, layers: int, tokens: int) -> float:
 
 def counted(name: OptimizerName) -> dict[str, float]:
     """FLOPs of the matrix products of the updates on the fullest of 8 ranks, mean over the clocks, and what they are of a step."""
-    config = config_of(name)
-    shapes, plain = shapes_of(config), config_of("adamw")
-    groups = groups_of(shapes, config)
-    periods = {one: group.rule.period for group in groups for one in group.names}
-    flops = {
-        one: update_flops(shapes[one], group.view, optimizer=group.rule.optimizer, optim=config.optim) / group.rule.period
-        for group in groups
-        for one in group.names
-    }
-    owner_of = owners(update_costs(shapes, config=config), periods=periods, ranks=RANKS)
-    fullest = max(sum(flops[one] for one in flops if owner_of[one] == rank) for rank in range(RANKS))
-    tokens = plain.train.global_batch_size * plain.data.seq_len
-    training = flops_per_token(plain.model, seq_len=plain.data.seq_len)["training"] * tokens / RANKS
-    gpu = gpu_of(GPU)
-    planned = planned_step_time(plain, check_mesh(plain, world_size=RANKS), gpu).total
-    seconds = fullest / (gpu.bf16 * ASSUMED.products)
+    config, gpu = config_of(name), gpu_of(GPU)
+    mesh = check_mesh(config, world_size=RANKS)
+    ranks = [sum(parameter.flops / parameter.period for parameter in own) for own in owned(config, mesh, stage=0)]
+    tokens = config.train.global_batch_size * config.data.seq_len
+    training = flops_per_token(config.model, seq_len=config.data.seq_len)["training"] * tokens / RANKS
+    seconds = optimizer_s(config, mesh, gpu)
     return {
-        "update_flops": sum(flops.values()),
-        "fullest_rank_flops": fullest,
-        "share_of_training_flops": fullest / training,
+        "update_flops": sum(ranks),
+        "fullest_rank_flops": max(ranks),
+        "share_of_training_flops": max(ranks) / training,
         "planned_update_s": seconds,
-        "planned_share_of_step": seconds / (planned + seconds),
+        "planned_share_of_step": seconds / planned_step_time(config, mesh, gpu).total,
     }
 
 
@@ -196,7 +187,7 @@ def table(found: Mapping[str, Any]) -> str:
 def main() -> int:
     """Measure, count, print the table and write JSON."""
     parser = argparse.ArgumentParser(description="Cost of the optimizers at hope_170m.")
-    parser.add_argument("--optimizers", default=",".join(OPTIMIZERS), help="AdamW is always measured")
+    parser.add_argument("--optimizers", type=common.optimizers, default=OPTIMIZERS, help="AdamW is always measured")
     parser.add_argument("--layers", type=int, default=4, help="blocks that are measured, and scaled up to all; 0: all")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=1024, help="of the sequence that is timed")
@@ -204,7 +195,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    names: list[Any] = ["adamw", *(name for name in arguments.optimizers.split(",") if name != "adamw")]
+    names: list[Any] = ["adamw", *(name for name in arguments.optimizers if name != "adamw")]
     found = results(names, layers=arguments.layers, repeats=arguments.repeats, tokens=arguments.tokens)
     print(f"{found['measured_tokens_per_s']:.0f} tokens/s, {found['threads']} threads\n\n{table(found)}")
     common.write("step_time", {"environment": environment(), **found}, folder=arguments.out)

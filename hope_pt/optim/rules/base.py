@@ -1,7 +1,8 @@
 """What a rule of the outer optimizer is: state of a stack of parameters, and a direction from their gradients (SPEC 4).
 
 `DeepOptimizer` then does W <- (1 - lr * weight_decay) W + lr * direction. Each rule stands in its own file twice: `reference`, the
-equation for one matrix, and a class with the batched form that runs.
+equation for one matrix, and a class with the batched form that runs. The class also says what others must know of the rule: its
+exponent by width, what an update costs, and whether its directions are orthogonal.
 """
 
 from abc import ABC, abstractmethod
@@ -36,6 +37,14 @@ class NewtonSchulz:
         dtype = self.dtype or (torch.bfloat16 if x.is_cuda else x.dtype)
         return newton_schulz(x, steps=self.steps, coefficients=self.coefficients, eps=EPS, dtype=dtype)
 
+    def flops(self, rows: int, columns: int) -> float:
+        """Of one m x n matrix, m <= n: X X^T, A A and P X in every step, 4 m^2 n + 2 m^3.
+
+        The Triton kernel computes half of the symmetric products; this is the count without that.
+        """
+        short, long = sorted((rows, columns))
+        return float(self.steps * (4 * short**2 * long + 2 * short**3))
+
 
 @dataclass(frozen=True)
 class Step:
@@ -55,10 +64,36 @@ class UpdateRule(ABC):
     """One rule with its settings.
 
     keys: names of the state tensors that have the parameter's shape. reads_params: whether `update` needs the parameters' values.
+    reads_inputs: whether it needs what the layers saw, the sum of x x^T that `hope_pt.optim.inputs` adds to its state "gram" [C, C].
     """
 
     keys: tuple[str, ...] = ()
     reads_params: bool = False
+    reads_inputs: bool = False
+
+    @property
+    @abstractmethod
+    def width_exponent(self) -> float:
+        """The exponent e of lr = optim.lr (base_width / width)^e for a matrix of which both sides grow with the width.
+
+        What a layer computes must move as much at every width. An update with entries of a fixed size that are aligned with the inputs, as
+        AdamW's are, has e = 1 (muP, arXiv 2203.03466). An orthogonalised update with entries of a fixed size is not aligned, it turns all
+        inputs by as much: e = 1/2, and e = 0 where its singular values are of a fixed size. An update of the gradient's size has e = 0.
+        """
+
+    @property
+    @abstractmethod
+    def orthogonalises(self) -> bool:
+        """Whether the directions come out of Newton-Schulz."""
+
+    @property
+    @abstractmethod
+    def exchanged(self) -> float:
+        """Tensors of the parameter's size that go through `Matrices.apply`, in or out, in one update on the mean over the updates."""
+
+    @abstractmethod
+    def flops(self, rows: int, columns: int) -> float:
+        """Matrix products in one update of a matrix [rows, columns], on the mean over the updates."""
 
     def matrix_keys(self, rows: int, columns: int) -> dict[str, tuple[int, int]]:
         """State tensors with a shape of their own for every whole matrix [rows, columns], by name. Every tensor-parallel rank has them."""

@@ -67,6 +67,26 @@ class DeepMomentum(UpdateRule):
         self.keys = ("linear", "second") if config.preconditioner == "adam" else ("linear",)
         self._starts: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
+    @property
+    def width_exponent(self) -> float:
+        """See `UpdateRule.width_exponent`."""
+        return 0.5 if self.orthogonalises else {"none": 0.0, "adam": 1.0}[self.config.preconditioner]
+
+    @property
+    def orthogonalises(self) -> bool:
+        """See `UpdateRule.orthogonalises`."""
+        return self.config.output == "newton_schulz"
+
+    @property
+    def exchanged(self) -> float:
+        """See `UpdateRule.exchanged`."""
+        return (2.0 if self.config.hidden else 0.0) + (2.0 if self.orthogonalises else 0.0)
+
+    def flops(self, rows: int, columns: int) -> float:
+        """See `UpdateRule.flops`."""
+        output = self.orthogonalise.flops(rows, columns) if self.orthogonalises else 0.0
+        return 6.0 * rows * columns * self.config.hidden + output
+
     def matrix_keys(self, rows: int, columns: int) -> dict[str, tuple[int, int]]:
         """See `UpdateRule.matrix_keys`."""
         hidden = self.config.hidden

@@ -29,6 +29,14 @@ class DGD(UpdateRule):
     """The batched form. State "gram" [C, C] of every layer: the sum of x x^T that its hooks have seen; an update empties it."""
 
     reads_params = True
+    reads_inputs = True
+    width_exponent = 0.0
+    orthogonalises = False
+    exchanged = 3.0
+
+    def flops(self, rows: int, columns: int) -> float:
+        """See `UpdateRule.flops`."""
+        return 2.0 * rows * columns**2
 
     def matrix_keys(self, rows: int, columns: int) -> dict[str, tuple[int, int]]:
         """See `UpdateRule.matrix_keys`."""

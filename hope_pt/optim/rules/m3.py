@@ -53,6 +53,8 @@ def reference(
 class M3(UpdateRule):
     """The batched form. State: "fast", "second" with second_moment, "slow", "slow_sum", "slow_direction" with slow_weight > 0."""
 
+    orthogonalises = True
+
     def __init__(self, config: M3Config, *, orthogonalise: NewtonSchulz | None = None):
         self.config, self.ema = config, config.mode == "ema"
         self.orthogonalise = orthogonalise or NewtonSchulz(config.ns_steps)
@@ -61,6 +63,21 @@ class M3(UpdateRule):
             *(["second"] if config.second_moment else []),
             *(["slow", "slow_sum", "slow_direction"] if config.slow_weight else []),
         )
+
+    @property
+    def width_exponent(self) -> float:
+        """See `UpdateRule.width_exponent`."""
+        return 0.5 if self.ema else 0.0
+
+    @property
+    def exchanged(self) -> float:
+        """See `UpdateRule.exchanged`."""
+        return 2 + self.config.second_moment + (1 + 2 / self.config.slow_every if self.config.slow_weight else 0)
+
+    def flops(self, rows: int, columns: int) -> float:
+        """See `UpdateRule.flops`; the slow momentum is the rarer one."""
+        times = 1 + (1 / self.config.slow_every if self.config.slow_weight else 0)
+        return times * self.orthogonalise.flops(rows, columns)
 
     def update(self, grads: Tensor, state: dict[str, Tensor], step: Step) -> Tensor:
         """See `UpdateRule.update`."""

@@ -49,6 +49,27 @@ class Momentum(UpdateRule):
         self.orthogonalise = orthogonalise or NewtonSchulz()
         self.keys = ("momentum", "second") if config.preconditioner == "adam" else ("momentum",)
 
+    @property
+    def width_exponent(self) -> float:
+        """See `UpdateRule.width_exponent`."""
+        return {"none": 0.0, "adam": 1.0, "newton_schulz": 0.5}[self.config.preconditioner]
+
+    @property
+    def orthogonalises(self) -> bool:
+        """See `UpdateRule.orthogonalises`."""
+        return self.config.preconditioner == "newton_schulz"
+
+    @property
+    def exchanged(self) -> float:
+        """See `UpdateRule.exchanged`."""
+        return (3.0 if self.delta else 0.0) + (2.0 if self.orthogonalises else 0.0)
+
+    def flops(self, rows: int, columns: int) -> float:
+        """See `UpdateRule.flops`."""
+        short, long = sorted((rows, columns))
+        erased = 4.0 * short**2 * long if self.delta else 0.0
+        return erased + (self.orthogonalise.flops(rows, columns) if self.orthogonalises else 0.0)
+
     def update(self, grads: Tensor, state: dict[str, Tensor], step: Step) -> Tensor:
         """See `UpdateRule.update`."""
         config, momentum = self.config, state["momentum"]

@@ -27,10 +27,21 @@ class Muon(UpdateRule):
     """The batched form; state "momentum"."""
 
     keys = ("momentum",)
+    orthogonalises = True
+    exchanged = 2.0
 
     def __init__(self, config: MuonConfig, *, orthogonalise: NewtonSchulz | None = None):
         self.config = config
         self.orthogonalise = orthogonalise or NewtonSchulz(config.ns_steps)
+
+    @property
+    def width_exponent(self) -> float:
+        """See `UpdateRule.width_exponent`."""
+        return 0.5 if self.config.scale == "rms" else 0.0
+
+    def flops(self, rows: int, columns: int) -> float:
+        """See `UpdateRule.flops`."""
+        return self.orthogonalise.flops(rows, columns)
 
     def update(self, grads: Tensor, state: dict[str, Tensor], step: Step) -> Tensor:
         """See `UpdateRule.update`."""

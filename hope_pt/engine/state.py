@@ -86,14 +86,14 @@ class EngineState:
 
         CheckpointError if a parameter had another rule than it has here.
         """
-        self._check_rules(scalars.get("rules", {}))
+        self._check_rules(scalars["rules"])
         entries = self._entries(scalars)
         mine = {
             entry: torch.empty(self._shape(entry))
             for index, entry in enumerate(entries)
             if self._owner(entry, index) == self._replicas.rank()
         }
-        # Checkpoints of earlier versions have none.
+        # The weights alone, with which another run starts, come without.
         watch = self.optimizer.watched.empty(scalars["watch"]) if "watch" in scalars else {}
         read([self._part(entry, data) for entry, data in mine.items()] + [Shard(_WATCH + name, data) for name, data in watch.items()])
         if "watch" in scalars:

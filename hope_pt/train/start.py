@@ -6,7 +6,9 @@ lengths, data) is said and allowed.
 """
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from hope_pt.checkpoint.manifest import list_steps, step_of
 from hope_pt.config import diff, loads, to_toml
 from hope_pt.config.schema import ModelConfig, RunConfig, TokenClockConfig
 from hope_pt.engine import collectives
-from hope_pt.engine.sharding import Shard
+from hope_pt.engine.sharding import Shard, slice_of
+from hope_pt.engine.tensor_files import read_metadata, stored_tensors
 from hope_pt.errors import CheckpointError
 from hope_pt.files import replace_text
 from hope_pt.nn import HopeLM
@@ -29,17 +32,19 @@ from hope_pt.train.trained import Trained
 
 LOG = logging.getLogger(__name__)
 _MODEL = "model."
+_BLOCK = re.compile(r"model\.blocks\.\d+\.")
 
 
 def load_start(config: RunConfig, *, engine: Any, fingerprint: str) -> None:
-    """Collective. Gives a new `engine` the weights of `train.start_from`; every rank reads all of them. CheckpointError if it cannot."""
+    """Collective. Gives a new `engine` the weights of `train.start_from`. CheckpointError if they are not those of this model."""
     found = find_start(config.train.start_from)
     with collectives.together():
-        tensors = found.tensors(prefix=_MODEL)
-        _check_shapes(config, tensors, path=found.path)
+        stored = stored_tensors(read_metadata(found.path))
+        shapes = {name.removeprefix(_MODEL): tuple(there.size) for name, there in stored.items() if name.startswith(_MODEL)}
+        _check_shapes(config, shapes, path=found.path)
     _say_differences(config, found, fingerprint=fingerprint)
     nothing = {"updates": {}, "counts": {}, "tensors": {}, "rules": engine.optimizer.rules}
-    engine.load_state(tensors, {"step": 0, "clock": 0, **nothing})
+    engine.load(partial(_read, found), {"step": 0, "clock": 0, **nothing})
 
 
 def find_start(path: str | Path) -> Checkpoint:
@@ -86,9 +91,21 @@ def _without_levels(config: RunConfig) -> tuple[RunConfig, list[str]]:
     return plain, [line.partition(": ")[0] for line in diff(config, plain)]
 
 
-def _check_shapes(config: RunConfig, tensors: dict[str, Tensor], *, path: Path) -> None:
+def _read(found: Checkpoint, shards: Sequence[Shard]) -> None:
+    """Collective. Fills this rank's shards, a block of the model at a time: no rank has all of it in memory, or reads what it lacks."""
+    parts: dict[str, list[Shard]] = {}
+    for shard in shards:
+        block = _BLOCK.match(shard.name)
+        parts.setdefault(block.group() if block else shard.name, []).append(shard)
+    with collectives.together():
+        for prefix, members in parts.items():
+            tensors = found.tensors(prefix=prefix)
+            for shard in members:
+                shard.data.copy_(slice_of(tensors[shard.name], axis=shard.axis, index=shard.index, count=shard.count))
+
+
+def _check_shapes(config: RunConfig, stored: Mapping[str, tuple[int, ...]], *, path: Path) -> None:
     wanted = {name: tuple(value.shape) for name, value in HopeLM(config.model, device=torch.device("meta")).state_dict().items()}
-    stored = {name.removeprefix(_MODEL): tuple(value.shape) for name, value in tensors.items()}
     names = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
     if names:
         there, here = (shapes.get(names[0], "absent") for shapes in (stored, wanted))

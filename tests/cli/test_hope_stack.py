@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hope_pt import cli
+from hope_pt.checkpoint import Checkpoint
 from hope_pt.config import load
 from hope_pt.nn import HopeLM
 from hope_pt.report import metrics
@@ -87,6 +88,16 @@ def test_a_run_can_start_from_a_run_and_from_one_of_its_checkpoints(old, setting
         first[name] = values(tmp_path / name, "eval/loss")[0]
     assert first["run"] == pytest.approx(values(old, "eval/loss")[24], abs=1e-6)
     assert first["run"] < first["early"] < values(old, "eval/loss")[0] - 0.1
+
+
+def test_a_start_is_read_by_blocks_and_without_the_optimizer(old, settings, tmp_path, monkeypatch):
+    """Never the whole model at once: several of them, one for every process of a node, do not fit its memory."""
+    asked, read = [], Checkpoint.tensors
+    monkeypatch.setattr(Checkpoint, "tensors", lambda self, *, prefix="": asked.append(prefix) or read(self, prefix=prefix))
+    command = ["train", str(settings), f"out={tmp_path}", *ONE_LEVEL, "model.num_layers=3", "train.steps=1", "eval.every=0"]
+    assert cli.main([*command, f"train.start_from={old}"]) == 0
+    blocks = [f"model.blocks.{block}." for block in range(3)]
+    assert sorted(asked) == [*blocks, "model.embedding.weight", "model.final_norm.weight"]
 
 
 def test_what_was_written_says_where_it_is_from(old, tmp_path):

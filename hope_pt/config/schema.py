@@ -352,9 +352,11 @@ class OptimConfig(Section):
     freeze_levels: tuple[NonNegativeInt, ...] = ()
     """CMS levels (from 0, highest frequency first) whose parameters never move."""
     level_step_cap: Annotated[float, Field(ge=0)] = 0.0
-    """Most that one update may move a matrix of a CMS level with a period above 1, relative to its norm before; 0 means no limit."""
+    """Most that one update may move a matrix of a CMS level with a period above 1, relative to its norm before, or to that of a newly
+    initialised one if that is larger; 0 means no limit."""
     level_total_cap: Annotated[float, Field(ge=0)] = 0.0
-    """Most that such a matrix may be away from where the run started, relative to its norm there; 0 means no limit."""
+    """Most that such a matrix may be away from where the run started, relative to its norm there, or to that of a new one; 0 means no
+    limit."""
 
     @model_validator(mode="after")
     def _check(self):

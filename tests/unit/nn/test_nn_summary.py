@@ -135,12 +135,12 @@ def test_flops_add_up(mixer):
 def test_diagnostics(preset):
     model = HopeLM(small_config(preset))
     metrics = diagnostics(model, random_tokens(2, 21))
-    names = ("eta_mean", "alpha_mean", "surprise", "norm_ratio", "norm_ratio_max", "drift")
+    names = ("eta_mean", "alpha_mean", "surprise", "surprise_p95", "norm_ratio", "norm_ratio_max", "drift")
     assert set(metrics) == {f"memory/layer{i}/{name}" for i in range(2) for name in names}
     for i in range(2):
         values = {name: metrics[f"memory/layer{i}/{name}"] for name in names}
         assert 0 < values["eta_mean"] < 1 and 0.5 <= values["alpha_mean"] < 1
-        assert values["surprise"] > 0 and values["drift"] > 0
+        assert 0 < values["surprise"] < values["surprise_p95"] and values["drift"] > 0
         assert values["norm_ratio"] <= values["norm_ratio_max"]
 
 

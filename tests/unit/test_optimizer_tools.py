@@ -117,18 +117,18 @@ def test_compare_takes_divergence_as_a_score(budget, tmp_path):
 def test_compare_table_and_figure(tmp_path):
     steps = 30
     runs = {
-        name: [compare.Run(np.linspace(6, end + seed / 10, steps), np.arange(1.0, steps + 1), end) for seed in range(2)]
+        name: [compare.Run(np.linspace(6, end + seed / 10, steps), end) for seed in range(2)]
         for name, end in (("adamw", 4.0), ("muon", 3.0))
     }
     scores = {"adamw": {1e-3: 4.2, 2e-3: 4.1, 4e-3: 5.0}, "muon": {1e-3: 3.2, 2e-3: 3.3}}
-    runs["muon"].append(compare.Run(np.empty(0), np.empty(0), 3.0))
+    runs["muon"].append(compare.Run(np.empty(0), 3.0))
     assert compare.smooth(runs["muon"]).shape == (2, steps) and compare.smooth(runs["muon"][2:]).size == 0
     found = compare.rows(scores, runs, {name: {"step_s": 0.2, "optimizer_s": 0.01} for name in runs})
     lines = compare.table(found, scores=scores).splitlines()
     assert lines[2].startswith("| muon | 3.000 (3.000 to 3.000) |") and "0.001 (edge)" in lines[2]
     assert "| 0.002 | 0.001 0.002 0.004 | 200.0 | 10.0 |" in lines[3]
     path = tmp_path / "compare.png"
-    common.save_figure(lambda axes: compare.draw(axes, runs, tokens_per_step=512), path=path, panels=2, size=(6, 3))
+    common.save_figure(lambda axes: compare.draw(axes, runs, step_s=dict.fromkeys(runs, 0.2), tokens_per_step=512), path=path, panels=2, size=(6, 3))
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

@@ -5,6 +5,7 @@ best rate lies on it, and runs the remaining seeds at the best rate. Results go 
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from hope_pt.config.schema import OptimizerName
 from hope_pt.errors import ConfigError
 from tools.bench.common import ROOT, write_results
 
 RESULTS = ROOT / "docs" / "results" / "optimizers"
-OPTIMIZERS = ("adamw", "muon", "m3", "momentum", "delta_momentum", "deep_momentum")
+OPTIMIZERS = ("adamw", "muon", "m3", "m3_unscaled", "momentum", "delta_momentum", "deep_momentum")
+VARIANTS: dict[str, tuple[OptimizerName, dict[str, dict[str, Any]]]] = {"m3_unscaled": ("m3", {"m3": {"second_moment": False}})}
+"""Names that are no rule but one with other settings: the rule, and sections of OptimConfig."""
 COLOURS = {
     "adamw": "#000000",
     "muon": "#0072b2",
     "m3": "#d55e00",
+    "m3_unscaled": "#e69f00",
     "momentum": "#56b4e9",
     "delta_momentum": "#009e73",
     "deep_momentum": "#cc79a7",
@@ -49,6 +54,19 @@ def optimizers(text: str) -> tuple[str, ...]:
     if unknown:
         raise argparse.ArgumentTypeError(f"unknown optimizer {unknown[0]!r}; choose from {', '.join(OPTIMIZERS)}")
     return names
+
+
+def rule(name: str) -> OptimizerName:
+    """The update rule behind a name of `OPTIMIZERS`."""
+    found: Any = VARIANTS[name][0] if name in VARIANTS else name
+    return found
+
+
+def overrides(name: str) -> list[str]:
+    """The overrides of a configuration that choose a name of `OPTIMIZERS`."""
+    sections = VARIANTS[name][1] if name in VARIANTS else {}
+    settings = [f"optim.{section}.{key}={json.dumps(value)}" for section, found in sections.items() for key, value in found.items()]
+    return [f"optim.name={rule(name)}", *settings]
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Run:
-    """What is kept of a run: training loss and seconds at every step, and the held-out loss; a diverged run has none of it."""
+    """What is kept of a run: the training loss at every step, and the held-out loss; a diverged run has neither."""
 
     loss: np.ndarray
-    seconds: np.ndarray
     heldout: float
 
     @property
@@ -76,7 +75,7 @@ def run_config(trial: Trial, *, budget: Budget, base_rate: float, out: Path) -> 
     overrides = [
         f"name={name}-seed{trial.seed}",
         f'out="{out / budget.name}"',
-        f"optim.name={trial.optimizer}",
+        *common.overrides(trial.optimizer),
         *rates,
         f"optim.warmup_steps={max(1, budget.steps // 10)}",
         f"train.steps={budget.steps}",
@@ -129,10 +128,9 @@ def _python(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def load_run(config: RunConfig) -> Run:
     """What an ended run wrote."""
     if ended(config) == "diverged":
-        return Run(loss=np.empty(0), seconds=np.empty(0), heldout=math.inf)
+        return Run(loss=np.empty(0), heldout=math.inf)
     records = metrics.read(Path(config.out) / config.name / "metrics.jsonl")
-    loss, seconds = (np.array(metrics.series(records, key=key)[1]) for key in ("loss", "wall_s"))
-    return Run(loss=loss, seconds=seconds, heldout=metrics.series(records, key="eval/loss")[1][-1])
+    return Run(loss=np.array(metrics.series(records, key="loss")[1]), heldout=metrics.series(records, key="eval/loss")[1][-1])
 
 
 def compare(
@@ -235,8 +233,8 @@ def smooth(runs: Sequence[Run]) -> np.ndarray:
     return np.array([running_mean(loss.tolist(), window=max(1, len(loss) // 15)) for loss in losses], ndmin=2)
 
 
-def draw(axes: Sequence[Axes], runs: Mapping[str, Sequence[Run]], *, tokens_per_step: int) -> None:
-    """Loss against tokens and against seconds."""
+def draw(axes: Sequence[Axes], runs: Mapping[str, Sequence[Run]], *, step_s: Mapping[str, float], tokens_per_step: int) -> None:
+    """Loss against tokens and against seconds: steps times `step_s`, which was measured with nothing beside it."""
     lows, highs = [], []
     for name, found in runs.items():
         losses = smooth(found)
@@ -244,12 +242,11 @@ def draw(axes: Sequence[Axes], runs: Mapping[str, Sequence[Run]], *, tokens_per_
             continue
         start = losses.shape[1] // 12
         steps = np.arange(1, losses.shape[1] + 1)
-        seconds = np.stack([run.seconds for run in found if len(run.seconds)]).mean(0)
         common.band(axes[0], (steps * tokens_per_step / 1e6)[start:], losses[:, start:], name=name)
-        common.band(axes[1], seconds[start:], losses[:, start:], name=name)
+        common.band(axes[1], (steps * step_s[name])[start:], losses[:, start:], name=name)
         lows.append(losses.min())
         highs.append(losses[:, losses.shape[1] // 6].max())
-    for panel, label in zip(axes, ("million tokens", "seconds in steps, one thread, two runs at a time")):
+    for panel, label in zip(axes, ("million tokens", "seconds of training, one thread")):
         panel.set(xlabel=label, ylabel="training loss, nats a token (running mean)")
         panel.set_ylim(min(lows) - 0.05, max(highs))
     axes[0].legend()
@@ -291,7 +288,8 @@ def main() -> int:
     results = {"environment": environment(), **setting, "optimizers": found, "smoothed_training_loss": curves}
     common.write("compare", results, folder=arguments.out)
     path = arguments.out / "compare.png"
-    common.save_figure(lambda axes: draw(axes, runs, tokens_per_step=tokens), path=path, panels=2, size=(11, 4.2))
+    step_s = {row["optimizer"]: row["step_s"] for row in found}
+    common.save_figure(lambda axes: draw(axes, runs, step_s=step_s, tokens_per_step=tokens), path=path, panels=2, size=(11, 4.2))
     return 0
 
 

@@ -62,7 +62,7 @@ def case_config(case: Case) -> RunConfig:
         f"model.num_heads={case.width // HEAD_WIDTH}",
         f"model.cms.hidden={case.width}",
         "model.cms.periods=[1, 1, 1]",
-        f"optim.name={case.optimizer}",
+        *common.overrides(case.optimizer),
         f"optim.lr={case.rate!r}",
         f"optim.base_width={case.base_width}",
         "optim.warmup_steps=0",

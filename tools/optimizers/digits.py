@@ -135,9 +135,9 @@ def run(trial: Trial, *, base_rate: float, settings: Settings) -> dict[str, Any]
     torch.set_num_threads(1)
     torch.manual_seed(trial.seed)
     data, model = digits(), VisionTransformer()
-    optim = OptimConfig(warmup_steps=max(1, settings.steps // 10), lr=1.0)
-    name: Any = trial.optimizer
-    inner = optimizers(model, name=name, rate=trial.rate, base_rate=base_rate, optim=optim)
+    special = common.VARIANTS[trial.optimizer][1] if trial.optimizer in common.VARIANTS else {}
+    optim = OptimConfig.model_validate({"warmup_steps": max(1, settings.steps // 10), "lr": 1.0, **special})
+    inner = optimizers(model, name=common.rule(trial.optimizer), rate=trial.rate, base_rate=base_rate, optim=optim)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in inner]
     generator = torch.Generator().manual_seed(trial.seed)
     order = torch.cat([torch.randperm(len(data.train[0]), generator=generator) for _ in range(1 + settings.steps * settings.batch // 1197)])

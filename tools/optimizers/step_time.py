@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from hope_pt.config import RunConfig, load
-from hope_pt.config.schema import OptimizerName
 from hope_pt.engine.mesh import check_mesh
 from hope_pt.launch.gpus import gpu_of
 from hope_pt.launch.speed import optimizer_s
@@ -39,12 +38,12 @@ GPU = "h100"
 Shapes = dict[str, tuple[int, ...]]
 
 
-def config_of(name: OptimizerName, *, layers: int = 0) -> RunConfig:
+def config_of(name: str, *, layers: int = 0) -> RunConfig:
     """hope_170m with the matrices' rule `name`, and with fewer layers where `layers` says so."""
     shorter = [f"model.num_layers={layers}"] if layers else []
     # Whole parameters on their owners are not gathered while the next step already runs.
     gathered = ["engine.overlap_param_gather=false"] if name != "adamw" else []
-    return load(ROOT / "configs" / "hope_170m.toml", [f"optim.name={name}", *gathered, *shorter])
+    return load(ROOT / "configs" / "hope_170m.toml", [*common.overrides(name), *gathered, *shorter])
 
 
 def shapes_of(config: RunConfig) -> Shapes:
@@ -98,7 +97,7 @@ def _seconds(optimizer: torch.optim.Optimizer) -> float:
     return time.perf_counter() - began
 
 
-def mean_update_s(name: OptimizerName, *, layers: int, repeats: int) -> float:
+def mean_update_s(name: str, *, layers: int, repeats: int) -> float:
     """Seconds of the optimizer in a step, mean over the clocks; groups of the blocks scaled up to all layers."""
     config, whole = config_of(name, layers=layers), config_of(name)
     shapes, factor = shapes_of(config), whole.model.num_layers / config.model.num_layers
@@ -123,7 +122,7 @@ def tokens_per_s(*, layers: int, tokens: int) -> float:
     return tokens / (seconds[-1] * flops[1] / flops[0])
 
 
-def counted(name: OptimizerName) -> dict[str, float]:
+def counted(name: str) -> dict[str, float]:
     """FLOPs of the matrix products of the updates on the fullest of 8 ranks, mean over the clocks, and what they are of a step."""
     config, gpu = config_of(name), gpu_of(GPU)
     mesh = check_mesh(config, world_size=RANKS)
@@ -140,7 +139,7 @@ def counted(name: OptimizerName) -> dict[str, float]:
     }
 
 
-def results(names: Sequence[OptimizerName], *, layers: int, repeats: int, tokens: int) -> dict[str, Any]:
+def results(names: Sequence[str], *, layers: int, repeats: int, tokens: int) -> dict[str, Any]:
     """All measurements and counts."""
     config = config_of("adamw")
     batch = config.train.global_batch_size * config.data.seq_len
@@ -195,7 +194,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    names: list[Any] = ["adamw", *(name for name in arguments.optimizers if name != "adamw")]
+    names = ["adamw", *(name for name in arguments.optimizers if name != "adamw")]
     found = results(names, layers=arguments.layers, repeats=arguments.repeats, tokens=arguments.tokens)
     print(f"{found['measured_tokens_per_s']:.0f} tokens/s, {found['threads']} threads\n\n{table(found)}")
     common.write("step_time", {"environment": environment(), **found}, folder=arguments.out)

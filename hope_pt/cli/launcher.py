@@ -26,12 +26,12 @@ def launch_from_environment(environment: Mapping[str, str] | None = None) -> Lau
     elif "SLURM_STEP_ID" in environment:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     else:
-        return Launch()
+        return Launch(attempt=_attempt(environment))
     rank, world_size, local_rank = (_number(environment, name) for name in names)
     if not 0 <= rank < world_size:
         raise ParallelError(f"{names[0]} = {rank} is not below {names[1]} = {world_size}; start every process with the same launcher")
     if world_size == 1:
-        return Launch()
+        return Launch(attempt=_attempt(environment))
     if not environment.get("MASTER_ADDR"):
         raise ConfigError(f"{names[1]} = {world_size} but MASTER_ADDR is not set; set it to the host name of the first process")
     return Launch(
@@ -41,6 +41,7 @@ def launch_from_environment(environment: Mapping[str, str] | None = None) -> Lau
         master_addr=environment["MASTER_ADDR"],
         master_port=_number(environment, "MASTER_PORT"),
         join_s=_join_s(environment, world_size=world_size),
+        attempt=_attempt(environment),
     )
 
 
@@ -55,6 +56,11 @@ def _join_s(environment: Mapping[str, str], *, world_size: int) -> float:
     else:
         one_machine = environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES")) == "1"
     return Launch.join_s + JOIN_S_PER_RANK * world_size if one_machine else JOIN_S_OF_MACHINES
+
+
+def _attempt(environment: Mapping[str, str]) -> int:
+    """HOPE_ATTEMPT, which the batch scripts count."""
+    return _number(environment, "HOPE_ATTEMPT") if "HOPE_ATTEMPT" in environment else 1
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping
 
-from hope_pt.config.schema import ModelConfig, OptimConfig
+from hope_pt.config.optim import OptimConfig
+from hope_pt.config.schema import ModelConfig
 from hope_pt.optim.groups import Group, group_parameters
 from hope_pt.optim.rules import make_rule
 

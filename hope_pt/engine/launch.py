@@ -9,6 +9,7 @@ class Launch:
 
     `master_addr` is a host name, reached at `master_port`, or a whole address of torch.distributed such as file:///path/to/store.
     `join_s`: seconds that the processes of the job may start apart from each other; one that is later counts as dead.
+    `attempt`: how often a batch job has started this run, counting this time.
     """
 
     rank: int = 0
@@ -17,3 +18,4 @@ class Launch:
     master_addr: str = "127.0.0.1"
     master_port: int = 29500
     join_s: float = 16.0
+    attempt: int = 1

@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from hope_pt.config.schema import EngineConfig, OptimConfig, RunConfig
+from hope_pt.config.optim import OptimConfig
+from hope_pt.config.schema import EngineConfig, RunConfig
 from hope_pt.errors import ConfigError, ParallelError
 
 

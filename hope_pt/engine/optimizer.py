@@ -25,7 +25,8 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hope_pt.config.schema import OptimConfig, RunConfig
+from hope_pt.config.optim import OptimConfig
+from hope_pt.config.schema import RunConfig
 from hope_pt.engine.costs import update_costs
 from hope_pt.engine.cpu import cuda_type_names
 from hope_pt.engine.inputs import SharedInputs

@@ -4,7 +4,8 @@ import functools
 import math
 from dataclasses import dataclass
 
-from hope_pt.config.schema import ModelConfig, OptimConfig, RunConfig
+from hope_pt.config.optim import OptimConfig
+from hope_pt.config.schema import ModelConfig, RunConfig
 from hope_pt.engine import costs
 from hope_pt.engine.layerwise import owners
 from hope_pt.engine.mesh import Mesh, sharding

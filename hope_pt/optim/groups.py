@@ -19,7 +19,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from hope_pt.config.schema import ModelConfig, OptimConfig, OptimizerName
+from hope_pt.config.optim import OptimConfig, OptimizerName
+from hope_pt.config.schema import ModelConfig
 from hope_pt.nn.names import level_of
 from hope_pt.optim.matrices import View, view_of
 from hope_pt.optim.rules import make_rule

@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hope_pt.config.schema import ModelConfig, OptimConfig
+from hope_pt.config.optim import OptimConfig
+from hope_pt.config.schema import ModelConfig
 from hope_pt.nn.init import init_norm
 from hope_pt.nn.names import level_of
 from hope_pt.optim.held import Held, Total, dot, period_of

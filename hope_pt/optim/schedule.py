@@ -6,7 +6,7 @@ of the peak, so that the first step moves. The last step of the run has exactly 
 
 import math
 
-from hope_pt.config.schema import OptimConfig
+from hope_pt.config.optim import OptimConfig
 
 
 def learning_rate(step: int, *, optim: OptimConfig, num_steps: int) -> float:

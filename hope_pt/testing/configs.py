@@ -2,21 +2,8 @@
 
 from typing import Literal
 
-from hope_pt.config.schema import (
-    CMSConfig,
-    DataConfig,
-    DeepMomentumConfig,
-    EngineConfig,
-    M3Config,
-    ModelConfig,
-    MomentumConfig,
-    MQARConfig,
-    OptimConfig,
-    OptimizerName,
-    RunConfig,
-    TitansConfig,
-    TrainConfig,
-)
+from hope_pt.config.optim import DeepMomentumConfig, M3Config, MomentumConfig, OptimConfig, OptimizerName
+from hope_pt.config.schema import CMSConfig, DataConfig, EngineConfig, ModelConfig, MQARConfig, RunConfig, TitansConfig, TrainConfig
 
 
 def tiny_model(*, mixer: Literal["titans", "attention"] = "titans", periods: tuple[int, ...] = (1, 2, 3)) -> ModelConfig:

@@ -1,7 +1,7 @@
 """May this configuration continue that run? Everything that decides a loss must be unchanged; the rest may differ.
 
-Free to change: where the run and the data lie, how often things are saved and measured (but updates that were not
-measured from the first step on are never: their start is not known), trackers, reader processes, time limits, the
+Free to change: where the run and the data lie, how often things are saved and measured (but updates that were not measured from the first
+step on are never: their start is not known), trackers, reader processes, time limits, which of the steps to come count as accidents, the
 parallel layout, the provider of linear layers, the micro-batch and the kernel backend (results then agree up to rounding, and the log says
 so). `train.steps` may change if the learning rate of every step already taken is the same under both lengths: "wsd" before its decay, never
 "cosine" after its warm-up.
@@ -33,6 +33,8 @@ FREE = (
     "checkpoint.",
     "eval.",
     "track.",
+    "train.skip.",
+    "watchdog.",
 )
 # Sketches of the start, and counts of updates, are kept from the first step on or not at all.
 MEASURED = ("eval.levels_every",)

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from hope_pt import train
-from hope_pt.config.schema import CheckpointConfig, EvalConfig, OptimConfig
+from hope_pt.config.optim import OptimConfig
+from hope_pt.config.schema import CheckpointConfig, EvalConfig
 from hope_pt.engine import step  # noqa: F401  the workers are forks: what is imported here they need not import
 from hope_pt.report import metrics
 from hope_pt.testing import LAYOUT, run_distributed, tiny_run

@@ -14,7 +14,8 @@ import torch
 
 from hope_pt import checkpoint
 from hope_pt.config import to_toml
-from hope_pt.config.schema import CMSConfig, ModelConfig, OptimConfig, TitansConfig
+from hope_pt.config.optim import OptimConfig
+from hope_pt.config.schema import CMSConfig, ModelConfig, TitansConfig
 from hope_pt.engine.sharding import Shard
 from hope_pt.nn import HopeLM
 from hope_pt.testing import BF16_LOSS, EXACT, GRADIENT, LAYOUT, difference, run_distributed, tiny_run, worst_difference

@@ -15,7 +15,8 @@ import functools
 import pytest
 import torch
 
-from hope_pt.config.schema import CMSConfig, ModelConfig, OptimConfig, TitansConfig
+from hope_pt.config.optim import OptimConfig
+from hope_pt.config.schema import CMSConfig, ModelConfig, TitansConfig
 from hope_pt.engine import Launch, TrainEngine, start, stop
 from hope_pt.errors import ConfigError, DataError, ParallelError
 from hope_pt.testing import EXACT, LAYOUT, ROUNDING, difference, run_distributed, tiny_run

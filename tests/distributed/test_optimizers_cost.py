@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hope_pt.config import load
-from hope_pt.config.schema import DeepMomentumConfig, M3Config, OptimConfig, RunConfig
+from hope_pt.config.optim import DeepMomentumConfig, M3Config, OptimConfig
+from hope_pt.config.schema import RunConfig
 from hope_pt.engine import Launch
 from hope_pt.engine.layerwise import BUCKET_BYTES, buckets, owners
 from hope_pt.engine.mesh import check_mesh

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from hope_pt.config.schema import DeepMomentumConfig, M3Config, MomentumConfig, MuonConfig
+from hope_pt.config.optim import DeepMomentumConfig, M3Config, MomentumConfig, MuonConfig
 from hope_pt.optim import DeepOptimizer, Matrices, View
 from hope_pt.optim.inputs import normalised_gram
 from hope_pt.optim.rules import DGD, M3, DeepMomentum, Momentum, Muon, NewtonSchulz, deep_momentum, dgd, m3, momentum, muon

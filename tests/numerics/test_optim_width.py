@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hope_pt.config.schema import DeepMomentumConfig, MomentumConfig, MuonConfig, OptimConfig
+from hope_pt.config.optim import DeepMomentumConfig, MomentumConfig, MuonConfig, OptimConfig
 from hope_pt.optim import DeepOptimizer, Matrices, View, make_rule
 from hope_pt.optim.groups import width_exponent
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hope_pt.config.schema import CMSConfig, DataConfig, EngineConfig, ModelConfig, MQARConfig, OptimConfig, RunConfig, TrainConfig
+from hope_pt.config.optim import OptimConfig
+from hope_pt.config.schema import CMSConfig, DataConfig, EngineConfig, ModelConfig, MQARConfig, RunConfig, TrainConfig
 from hope_pt.engine.mesh import check_mesh
 from hope_pt.errors import ConfigError, ParallelError
 

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from hope_pt.config.schema import CMSConfig, DeepMomentumConfig, M3Config, MomentumConfig, MuonConfig, OptimConfig, RunConfig, TrainConfig
+from hope_pt.config.optim import DeepMomentumConfig, M3Config, MomentumConfig, MuonConfig, OptimConfig
+from hope_pt.config.schema import CMSConfig, RunConfig, TrainConfig
 from hope_pt.nn import HopeLM
 from hope_pt.optim import Rule, View, group_parameters, rule_of, table
 from hope_pt.testing import tiny_model

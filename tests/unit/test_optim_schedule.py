@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hope_pt.config.schema import OptimConfig
+from hope_pt.config.optim import OptimConfig
 from hope_pt.optim import learning_rate
 
 STEPS = 101

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hope_pt import config as configuration
-from hope_pt.config.schema import MomentumConfig, OptimConfig
+from hope_pt.config.optim import MomentumConfig, OptimConfig
 from hope_pt.errors import ConfigError
 from hope_pt.nn import HopeLM
 from hope_pt.optim.rules.base import NewtonSchulz
@@ -128,7 +128,9 @@ def test_compare_table_and_figure(tmp_path):
     assert lines[2].startswith("| muon | 3.000 (3.000 to 3.000) |") and "0.001 (edge)" in lines[2]
     assert "| 0.002 | 0.001 0.002 0.004 | 200.0 | 10.0 |" in lines[3]
     path = tmp_path / "compare.png"
-    common.save_figure(lambda axes: compare.draw(axes, runs, step_s=dict.fromkeys(runs, 0.2), tokens_per_step=512), path=path, panels=2, size=(6, 3))
+    common.save_figure(
+        lambda axes: compare.draw(axes, runs, step_s=dict.fromkeys(runs, 0.2), tokens_per_step=512), path=path, panels=2, size=(6, 3)
+    )
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hope_pt.config.schema import OptimizerName
+from hope_pt.config.optim import OptimizerName
 from hope_pt.errors import ConfigError
 from tools.bench.common import ROOT, write_results
 

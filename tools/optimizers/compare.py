@@ -2,8 +2,8 @@
 
 Each run is `hope train` in a process of its own with one thread, two at a time. All see the same number of tokens, less than the corpus
 has: every batch is new text. Rates, for every optimizer with the same care (tools/optimizers/common.py): a grid of four, 2 apart, around
-hope_tiny's rate, with seed 0, scored by the training loss of the last tenth of the steps; at most two rates further where the best lies
-on the edge; then the remaining seeds (initial weights and order of the data) at the best. AdamW comes first, and what is tuned is
+twice hope_tiny's rate, with seed 0, scored by the training loss of the last tenth of the steps; at most two rates further where the best
+lies on the edge; then the remaining seeds (initial weights and order of the data) at the best. AdamW comes first, and what is tuned is
 `optim.lr`. The others keep AdamW's best `optim.lr` for their embeddings, norms and gates, and what is tuned is `optim.matrix_lr`.
 
 A run that has all its steps, or has diverged, is not run again: the command continues where it was stopped. `--budget STEPS,BATCH`;
@@ -34,8 +34,9 @@ from tools.bench.common import ROOT, environment
 from tools.optimizers import common
 from tools.optimizers.common import OPTIMIZERS, RESULTS, Trial
 
-CENTRES = dict.fromkeys(OPTIMIZERS, 3e-3)
-"""Second of the four rates: hope_tiny's. The same for all, because every rule's updates have about the root mean square of AdamW's."""
+CENTRES = dict.fromkeys(OPTIMIZERS, 6e-3)
+"""Second of the four rates: twice hope_tiny's, whose runs are longer. The same for all, because every rule's updates have about the root
+mean square of AdamW's."""
 TIMED_STEPS = 32
 """M3's slow momentum in the slowest level moves every 8 * 4 steps."""
 

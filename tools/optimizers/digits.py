@@ -25,7 +25,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hope_pt.config.schema import OptimConfig, OptimizerName
+from hope_pt.config.optim import OptimConfig, OptimizerName
 from hope_pt.optim import learning_rate
 from hope_pt.optim.deep import DeepOptimizer
 from hope_pt.optim.matrices import Matrices, View

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from hope_pt.config.schema import OptimConfig, OptimizerName
+from hope_pt.config.optim import OptimConfig, OptimizerName
 from hope_pt.optim.rules.base import NewtonSchulz, Step, UpdateRule
 from hope_pt.optim.rules.deep_momentum import DeepMomentum
 from hope_pt.optim.rules.dgd import DGD

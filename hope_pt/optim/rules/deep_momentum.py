@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from hope_pt.config.schema import DeepMomentumConfig
+from hope_pt.config.optim import DeepMomentumConfig
 from hope_pt.optim.rules.base import ADAMW_RMS, NewtonSchulz, Step, UpdateRule, adam_preconditioned, flat, rms_scale
 
 TINY = 1e-30

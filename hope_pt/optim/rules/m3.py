@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from hope_pt.config.schema import M3Config
+from hope_pt.config.optim import M3Config
 from hope_pt.optim.rules.base import ADAMW_RMS, NewtonSchulz, Step, UpdateRule, rms_scale
 
 TINY = 1e-30

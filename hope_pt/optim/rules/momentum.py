@@ -17,7 +17,7 @@ import math
 
 from torch import Tensor
 
-from hope_pt.config.schema import MomentumConfig
+from hope_pt.config.optim import MomentumConfig
 from hope_pt.optim.rules.base import NewtonSchulz, Step, UpdateRule, adam_preconditioned, rms_scale
 
 TINY = 1e-30

@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from hope_pt.config.schema import MuonConfig
+from hope_pt.config.optim import MuonConfig
 from hope_pt.optim.rules.base import ADAMW_RMS, NewtonSchulz, Step, UpdateRule, rms_scale
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hope_pt.config.schema import DeepMomentumConfig, M3Config, MomentumConfig, MuonConfig, OptimConfig
+from hope_pt.config.optim import DeepMomentumConfig, M3Config, MomentumConfig, MuonConfig, OptimConfig
 from hope_pt.optim import Clocked, DeepOptimizer, Matrices, View, make_rule
 from hope_pt.optim.rules import DGD, M3, DeepMomentum, Momentum, Muon, UpdateRule
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hope_pt.config.schema import OptimConfig
+from hope_pt.config.optim import OptimConfig
 from hope_pt.nn.init import init_tensor
 from hope_pt.optim import Clocked
 from hope_pt.optim.guards import Guards, frozen

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from hope_kernels.newton_schulz import newton_schulz
-from hope_pt.config.schema import CMSConfig, ModelConfig, MomentumConfig, OptimConfig, OptimizerName
+from hope_pt.config.optim import MomentumConfig, OptimConfig, OptimizerName
+from hope_pt.config.schema import CMSConfig, ModelConfig
 from hope_pt.optim import Clocked
 from hope_pt.optim.guards import Guards
 from hope_pt.optim.held import Held

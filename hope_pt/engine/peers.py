@@ -24,10 +24,13 @@ import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+from hope_pt.config.schema import WatchdogConfig
 from hope_pt.engine.hub import EXIT_FAILED, Hub, Limits, Link, Silence, Verdict, home, rank_name
 from hope_pt.engine.launch import Launch
+from hope_pt.engine.phases import Phases
 from hope_pt.errors import HopeError, ParallelError
 
 _KEY = "hope_peers"
@@ -50,6 +53,7 @@ class Watch:
     """
 
     def __init__(self, launch: Launch, *, limits: Limits | None = None):
+        self.phases = Phases()
         self._launch = launch
         self._limits = limits or Limits()
         self._link: Link | None = None
@@ -60,7 +64,13 @@ class Watch:
         self._verdict: Verdict | None = None
         self._settled = threading.Event()
         self._own_failure = ""
+        self._watchdog: WatchdogConfig | None = None
+        self._logs: Path | None = None
         self._reporting = contextlib.ExitStack()
+
+    def configure(self, watchdog: WatchdogConfig, *, logs: Path) -> None:
+        """From now on a phase that takes longer than `watchdog` allows ends the job; stacks go to the folder `logs`."""
+        self._watchdog, self._logs = watchdog, logs
 
     def __enter__(self) -> "Watch":
         if self._launch.world_size > 1:

@@ -9,7 +9,7 @@ from hope_pt.errors import ConfigError
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains to the last step, or continues to it, and says where the results lie."""
+    """Trains to the last step, continues to it, or stops where it is asked to, and says where the results lie."""
     if arguments.dry_run or arguments.world_size is not None:
         _rehearse(arguments)
         return
@@ -20,7 +20,9 @@ def run(arguments: argparse.Namespace) -> None:
         from hope_pt import train
 
         result = train.run(settings, launch=launch, watch=watch)
-    if launch.rank == 0:
+    if launch.rank == 0 and result.stopped:
+        print(f"{result.path}: asked to stop ({result.stopped}); saved after step {result.steps}, and the same command continues")
+    elif launch.rank == 0:
         print(f"{result.path}: {result.steps} steps; next: hope report {result.path}")
 
 

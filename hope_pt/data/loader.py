@@ -4,6 +4,7 @@ Global batch s holds the samples at positions s * G .. s * G + G - 1 after `star
 Worker w reads the steps w, w + N, w + 2N, ...; the batches are those of zero workers. All state is `consumed`.
 """
 
+import atexit
 import multiprocessing
 import os
 import threading
@@ -20,6 +21,7 @@ from hope_pt.data.batch import Batch, Rows
 from hope_pt.data.order import SampleOrder
 from hope_pt.data.source import Source
 from hope_pt.errors import ConfigError, DataError
+from hope_pt.signals import shielded
 
 _AHEAD = 2  # batches each worker prepares before they are asked for
 _POLL_SECONDS = 1.0
@@ -82,7 +84,7 @@ class _Reader:
 
 
 class _Workers:
-    """Worker processes, each with a pipe on which it sends its steps in order."""
+    """Worker processes, each with a pipe on which it sends its steps in order; signals that ask a training to stop do not reach them."""
 
     def __init__(self, reader: _Reader, num_workers: int):
         # fork server: forked from a fresh process that has imported this once, so no locks or CUDA state of ours are copied
@@ -90,15 +92,21 @@ class _Workers:
         context.set_forkserver_preload([__name__])
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
-        for w in range(num_workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(reader, w, num_workers, theirs), name=f"hope-data-worker-{w}", daemon=True)
-            process.start()
-            theirs.close()
-            for _ in range(_AHEAD):
-                ours.send(True)
-            self._processes.append(process)
-            self._pipes.append(ours)
+        # At its own exit multiprocessing sends SIGTERM to what is left, and waits.
+        atexit.register(self.close)
+        with shielded():
+            for w in range(num_workers):
+                self._start(context, args=(reader, w, num_workers))
+
+    def _start(self, context: Any, *, args: tuple[_Reader, int, int]) -> None:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(*args, theirs), name=f"hope-data-worker-{args[1]}", daemon=True)
+        process.start()
+        theirs.close()
+        for _ in range(_AHEAD):
+            ours.send(True)
+        self._processes.append(process)
+        self._pipes.append(ours)
 
     def get(self, step: int) -> Rows:
         """Rows of a step (each step once, in order); DataError if the worker died or failed."""
@@ -125,12 +133,15 @@ class _Workers:
         raise RuntimeError(f"data worker {w} failed:\n{value}")
 
     def close(self) -> None:
+        """Without its pipe a worker ends by itself, unless it is stuck in a read."""
+        atexit.unregister(self.close)
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.terminate()
-        for process in self._processes:
             process.join(_POLL_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
 
 
 def _work(reader: _Reader, first: int, stride: int, pipe: Connection) -> None:

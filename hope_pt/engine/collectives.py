@@ -4,7 +4,7 @@ Every function here but `rank`, `size` and `is_broken` is collective: all ranks 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,13 +42,18 @@ def broadcast(value: Any) -> Any:
 
 
 def all_true(flag: bool) -> bool:
-    """Whether `flag` is true on every rank; one small reduction, cheap enough for every step."""
+    """Whether `flag` is true on every rank; as cheap as `largest`."""
+    return not largest([int(not flag)])[0]
+
+
+def largest(values: Sequence[int]) -> list[int]:
+    """The largest of every value over all ranks; one small reduction, cheap enough for every step."""
     if size() == 1:
-        return flag
+        return list(values)
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    votes = torch.tensor(int(flag), device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
-    return bool(votes.item())
+    found = torch.tensor(values, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.tolist()
 
 
 def is_broken(error: BaseException | None) -> bool:

@@ -29,10 +29,10 @@ class _RankLog(logging.FileHandler):
 
 
 class RunDirectory:
-    """Paths of one run; `open` makes this process its writer."""
+    """Paths of one run; `open` makes this process its writer. attempt: how often a batch job has started it."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, attempt: int = 1):
+        self.path, self.attempt = Path(path), attempt
         self.config = self.path / "config.toml"
         self.code = self.path / "code.txt"
         self.tokenizer = self.path / "tokenizer.model"
@@ -62,13 +62,20 @@ class RunDirectory:
             with self.code.open("a", encoding="utf-8") as file:
                 file.write(f"# session from step {step}, {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n{code}\n")
 
-    def write_status(self, *, state: str, step: int, num_steps: int, message: str = "") -> None:
-        """Replaces status.json; `state` is running, done, failed, diverged or interrupted. The first rank only."""
+    def write_status(self, *, state: str, step: int, num_steps: int, message: str = "", reason: str = "", checkpoint: int = 0) -> None:
+        """Replaces status.json; one key a line, because batch scripts read it. The first rank only.
+
+        state: running, done, stopped (asked to, by `reason`: usr1, usr2, term or stop; saved), failed, diverged or interrupted. checkpoint:
+        step of the newest one, 0 before the first.
+        """
         status = {
             "state": state,
             "step": step,
             "num_steps": num_steps,
             "message": message,
+            "reason": reason,
+            "checkpoint": checkpoint,
+            "attempt": self.attempt,
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "time": time.time(),

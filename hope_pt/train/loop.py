@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from hope_pt.engine.phases import Phases
 from hope_pt.errors import DivergenceError
 from hope_pt.train.hooks.base import Hook, StepRecord
 
@@ -22,18 +23,30 @@ class Steps(Protocol):
 
 
 def fit(
-    engine: Steps, *, batches: Iterable[Any], num_steps: int, tokens_per_step: int, wall_s: float = 0.0, hooks: Sequence[Hook] = ()
+    engine: Steps,
+    *,
+    batches: Iterable[Any],
+    num_steps: int,
+    tokens_per_step: int,
+    wall_s: float = 0.0,
+    hooks: Sequence[Hook] = (),
+    stopped: Callable[[], bool] = lambda: False,
+    phases: Phases | None = None,
 ) -> None:
     """Steps `engine` from where it is to `num_steps`, one of `batches` a step, and calls every hook in order after each.
 
-    `wall_s`: seconds of training before this session. Raises DivergenceError, before any hook sees the step, at a loss that is not finite
+    `wall_s`: seconds of training before this session. `stopped`: asked before each step, whether to end here. `phases`: is told what is
+    being done. Raises DivergenceError, before any hook sees the step, at a loss that is not finite
     and at the third step in a row whose gradient the engine had to drop; so no such state is evaluated or saved.
     """
-    skipped_in_a_row = 0
+    skipped_in_a_row, phases, phase = 0, phases or Phases(), "first_step"
     for hook in hooks:
+        if hook.phase:
+            phases.enter(hook.phase, step=engine.num_steps_done)
         hook.start(engine.num_steps_done)
     iterator = iter(batches)
-    while engine.num_steps_done < num_steps:
+    while engine.num_steps_done < num_steps and not stopped():
+        phases.enter(phase, step=engine.num_steps_done)
         began = time.perf_counter()
         batch = next(iterator)
         data_s = time.perf_counter() - began
@@ -54,7 +67,10 @@ def fit(
         skipped_in_a_row = skipped_in_a_row + 1 if record.skipped else 0
         _check_finite(record, skipped_in_a_row=skipped_in_a_row)
         for hook in hooks:
+            if hook.phase:
+                phases.enter(hook.phase, step=record.step)
             hook.after_step(record)
+        phase = "step"
 
 
 def _check_finite(record: StepRecord, *, skipped_in_a_row: int) -> None:

@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from hope_pt import checkpoint, data, engine
@@ -33,29 +32,36 @@ from hope_pt.train.hooks.status import StatusHook
 from hope_pt.train.loop import fit
 from hope_pt.train.start import load_start
 from hope_pt.train.state import Progress, capture, restore
+from hope_pt.train.wishes import Wishes
 
 LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that has all its steps."""
+    """A run that has all its steps, or was asked to stop after `steps` of them and has saved (`stopped`: why, else empty)."""
 
     path: Path
     steps: int
+    stopped: str = ""
 
 
 def run(config: RunConfig, *, launch: engine.Launch | None = None, watch: Watch | None = None) -> RunResult:
     """Trains `config` to its last step, from the newest checkpoint of the run directory `out/name` if there is one.
 
+    USR1, USR2, TERM, and a file STOP in the run directory, end it at a step that all ranks agree on, after a checkpoint; a file SAVE only
+    saves (`train.wishes`).
     Raises HopeError subclasses for the user's mistakes (other configuration or data than the run began with, a second writer, a full
     disk) and DivergenceError when a value is not finite. `watch`, entered by the caller, tells every rank of the failure of one.
     """
     launch = launch or engine.Launch()
     engine.check(config, launch=launch)
     watch = watch or Watch(launch)
-    directory = RunDirectory(Path(config.out) / config.name)
+    directory = RunDirectory(Path(config.out) / config.name, attempt=launch.attempt)
+    wishes = Wishes(directory.path)
     with ExitStack() as stack:
+        stack.enter_context(wishes.listening())
+        watch.configure(config.watchdog, logs=directory.logs)
         train = stack.enter_context(closing(data.open_source(config.data, split="train", vocab_size=config.model.vocab_size)))
         heldout = stack.enter_context(closing(data.open_source(config.data, split="heldout", vocab_size=config.model.vocab_size)))
         stack.callback(directory.close)
@@ -67,55 +73,66 @@ def run(config: RunConfig, *, launch: engine.Launch | None = None, watch: Watch 
         if newest and newest.step >= config.train.steps:
             LOG.info("%s already has its %d steps", directory.path, newest.step)
             return RunResult(path=directory.path, steps=newest.step)
-        _train(config, plan=plan, directory=directory, newest=newest, train=train, heldout=heldout, watch=watch)
-    return RunResult(path=directory.path, steps=config.train.steps)
+        job = _Job(config, plan=plan, directory=directory, train=train, heldout=heldout, wishes=wishes, watch=watch)
+        steps = _train(job, newest=newest)
+    return RunResult(path=directory.path, steps=steps, stopped=wishes.reason if steps < config.train.steps else "")
 
 
-def _train(
-    config: RunConfig,
-    *,
-    plan: engine.Plan,
-    directory: RunDirectory,
-    newest: checkpoint.Checkpoint | None,
-    train: data.Source,
-    heldout: data.Source,
-    watch: Watch,
-) -> None:
-    """From a started engine to the last step."""
+@dataclass(frozen=True)
+class _Job:
+    """What a session has beside its engine."""
+
+    config: RunConfig
+    plan: engine.Plan
+    directory: RunDirectory
+    train: data.Source
+    heldout: data.Source
+    wishes: Wishes
+    watch: Watch
+
+
+def _train(job: _Job, *, newest: checkpoint.Checkpoint | None) -> int:
+    """From a started engine to the last step, or to the step at which the run is asked to stop; returns it."""
+    config, directory = job.config, job.directory
     rng.seed(config.train.seed)
-    trainer = engine.TrainEngine(config, plan)
+    trainer = engine.TrainEngine(config, job.plan)
     progress = restore(newest, engine=trainer) if newest else Progress()
     if newest:
         LOG.info("continuing from %s", newest.path)
     elif config.train.start_from:
-        load_start(config, engine=trainer, fingerprint=train.fingerprint)
-    writer = plan.rank == 0
+        load_start(config, engine=trainer, fingerprint=job.train.fingerprint)
+    writer = job.plan.rank == 0
     with ExitStack() as stack:
         loader = stack.enter_context(
             data.Loader(
-                train,
+                job.train,
                 config=config.data,
                 global_batch_size=config.train.global_batch_size,
-                dp_rank=plan.dp_rank,
-                dp_size=plan.dp_size,
+                dp_rank=job.plan.dp_rank,
+                dp_size=job.plan.dp_size,
                 start_sample=progress.consumed,
             )
         )
-        sinks = _begin(config, directory=directory, progress=progress, tokenizer=train.tokenizer_path) if writer else []
-        hooks = _hooks(config, trainer=trainer, plan=plan, sinks=sinks, directory=directory, train=train, heldout=heldout)
+        sinks = _begin(config, directory=directory, progress=progress, tokenizer=job.train.tokenizer_path) if writer else []
+        saver = _saver(job, trainer=trainer, sinks=sinks, committed=progress.step)
+        hooks = _hooks(job, trainer=trainer, sinks=sinks, saver=saver)
         for hook in hooks:
             stack.callback(hook.close)
         if writer:
-            stack.enter_context(_status(directory, trainer=trainer, num_steps=config.train.steps))
-        stack.enter_context(watch.reporting())
+            stack.enter_context(_status(job, trainer=trainer, saver=saver))
+        stack.enter_context(job.watch.reporting())
         fit(
             trainer,
             batches=loader,
             num_steps=config.train.steps,
-            tokens_per_step=config.train.global_batch_size * train.seq_len,
+            tokens_per_step=config.train.global_batch_size * job.train.seq_len,
             wall_s=progress.wall_s,
             hooks=hooks,
+            stopped=lambda: bool(job.wishes.reason),
+            phases=job.watch.phases,
         )
+        job.watch.phases.enter("close", step=trainer.num_steps_done)
+    return trainer.num_steps_done
 
 
 def _find(config: RunConfig, *, directory: RunDirectory, fingerprint: str, data_parallel: int) -> checkpoint.Checkpoint | None:
@@ -143,21 +160,33 @@ def _begin(config: RunConfig, *, directory: RunDirectory, progress: Progress, to
     return sinks
 
 
-def _hooks(
-    config: RunConfig,
-    *,
-    trainer: engine.TrainEngine,
-    plan: engine.Plan,
-    sinks: list[Sink],
-    directory: RunDirectory,
-    train: data.Source,
-    heldout: data.Source,
-) -> list[Hook]:
-    """In the order of a step: metrics, measurements, checkpoint, and what the person sees. Only the first rank writes and shows."""
+def _saver(job: _Job, *, trainer: engine.TrainEngine, sinks: list[Sink], committed: int) -> CheckpointHook:
+    """What saves the run; `committed` is the step that it continues from."""
+    config, code = job.config, code_version()
+
+    def snapshot(record: StepRecord) -> tuple[list[Shard], dict]:
+        progress = Progress(step=record.step, consumed=record.step * config.train.global_batch_size, wall_s=record.wall_s)
+        return capture(trainer, progress=progress, config=config, fingerprint=job.train.fingerprint, code_version=code)
+
+    return CheckpointHook(
+        snapshot,
+        root=job.directory.checkpoints,
+        layout=job.plan.mesh.describe(),
+        config=config.checkpoint,
+        last_step=config.train.steps,
+        wishes=job.wishes,
+        committed=committed,
+        sinks=sinks,
+    )
+
+
+def _hooks(job: _Job, *, trainer: engine.TrainEngine, sinks: list[Sink], saver: CheckpointHook) -> list[Hook]:
+    """In the order of a step: metrics, wishes, measurements, checkpoint, and what the person sees. Only the first rank writes and shows."""
+    config, plan, heldout = job.config, job.plan, job.heldout
     last, schedule, writer = config.train.steps, config.eval, plan.rank == 0
-    hooks: list[Hook] = [MetricsHook(sinks), LevelsHook(lambda: trainer.optimizer.watched.measured, sinks=sinks)]
+    hooks: list[Hook] = [MetricsHook(sinks), job.wishes, LevelsHook(lambda: trainer.optimizer.watched.measured, sinks=sinks)]
     if writer and config.data.source == "shards":
-        measure = measures.baselines(config, train=train, heldout=heldout)
+        measure = measures.baselines(config, train=job.train, heldout=heldout)
         when = {"at_start": True} if schedule.at_start else {"last_step": last}
         hooks.append(MeasureHook(measure, sinks=sinks, every=0, announce=True, **when))
     if schedule.diagnostics_every and config.model.mixer == "titans":
@@ -165,33 +194,38 @@ def _hooks(
         hooks.append(MeasureHook(measure, sinks=sinks, every=schedule.diagnostics_every, at_start=True))
     measure = measures.evaluation(config, trainer=trainer, plan=plan, heldout=heldout)
     hooks.append(MeasureHook(measure, sinks=sinks, every=schedule.every, at_start=schedule.at_start, last_step=last, announce=True))
-    code = code_version()
-
-    def snapshot(record: StepRecord) -> tuple[list[Shard], dict]:
-        progress = Progress(step=record.step, consumed=record.step * config.train.global_batch_size, wall_s=record.wall_s)
-        return capture(trainer, progress=progress, config=config, fingerprint=train.fingerprint, code_version=code)
-
-    hooks.append(
-        CheckpointHook(
-            snapshot, root=directory.checkpoints, layout=plan.mesh.describe(), config=config.checkpoint, last_step=last, sinks=sinks
-        )
-    )
+    hooks.append(saver)
     if writer:
-        hooks += [StatusHook(directory, num_steps=last), ProgressHook(num_steps=last)]
+        hooks += [StatusHook(job.directory, num_steps=last, committed=lambda: saver.committed), ProgressHook(num_steps=last)]
     return hooks
 
 
 @contextmanager
-def _status(directory: RunDirectory, *, trainer: engine.TrainEngine, num_steps: int) -> Iterator[None]:
+def _status(job: _Job, *, trainer: engine.TrainEngine, saver: CheckpointHook) -> Iterator[None]:
     """Writes how the session ended; a kill leaves `running`, and the free lock tells that nobody is."""
-    write = partial(directory.write_status, num_steps=num_steps)
+
+    def write(state: str, *, message: str = "", reason: str = "") -> None:
+        job.directory.write_status(
+            state=state,
+            step=trainer.num_steps_done,
+            num_steps=job.config.train.steps,
+            message=message,
+            reason=reason,
+            checkpoint=saver.committed,
+        )
+
     try:
         yield
     except BaseException as error:
         states = {DivergenceError: "diverged", KeyboardInterrupt: "interrupted"}
-        directory.note(f"stopped after step {trainer.num_steps_done}: {traceback.format_exc()}")
+        job.directory.note(f"stopped after step {trainer.num_steps_done}: {traceback.format_exc()}")
         # On a full disk the status cannot be written either; the error that stopped the run is the one to show.
         with suppress(HopeError):
-            write(state=states.get(type(error), "failed"), step=trainer.num_steps_done, message=str(error))
+            write(states.get(type(error), "failed"), message=str(error))
         raise
-    write(state="done", step=num_steps)
+    if trainer.num_steps_done == job.config.train.steps:
+        write("done")
+    else:
+        write("stopped", reason=job.wishes.reason)
+    if job.wishes.reason:
+        job.wishes.fulfilled()

@@ -25,7 +25,7 @@ hope_decide() {
     echo user
   elif [ "$verdict" = 93 ] || [ "$state" = diverged ]; then
     echo never
-  elif [ "$state" = stopped ] && [ "$rc" = 0 ] && [ "$reason" != usr1 ]; then
+  elif [ "$state" = stopped ] && [ "$rc" = 0 ] && [[ $reason != usr[12] ]]; then
     # SIGTERM and a STOP file are a person's wish. With another code one rank has failed: then srun sends SIGTERM to the others.
     echo stopped
   elif [ "$fruitless" -ge "$HOPE_MAX_FRUITLESS" ]; then

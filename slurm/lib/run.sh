@@ -35,6 +35,7 @@ hope_job() {
   mkdir -p "$HOPE_RUN_DIR/slurm" "$HOPE_RUN_DIR/logs" || exit 2
   wanted='' step_pid=''
   trap 'hope_signal USR1' USR1
+  trap 'hope_signal USR2' USR2
   trap 'hope_signal TERM' TERM
   hope_own || exit 2
   HOPE_ATTEMPT=$(hope_next_attempt) HOPE_FROM=$(hope_committed)
@@ -83,7 +84,7 @@ hope_top_key() {
   sed -n "/^\[/q; s/^$1 *= *\"\([^\"]*\)\".*/\1/p" "$config"
 }
 
-# USR1 comes some time before the limit, to this shell only; TERM with a requeue or a cancellation. Both go on to every rank.
+# USR1 (at some sites USR2) comes some time before the limit, to this shell only; TERM with a requeue or a cancellation. All go on to every rank.
 hope_signal() {
   wanted=$1
   [ -z "$step_pid" ] || kill -s "$1" "$step_pid" 2> /dev/null

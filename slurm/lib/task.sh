@@ -25,6 +25,7 @@ echo "hope: rank $SLURM_PROCID of $SLURM_NTASKS: $(hostname), local rank $SLURM_
 # shellcheck disable=SC2317
 forward() { signalled=yes; kill -s "$1" "$child" 2> /dev/null; }
 trap 'forward USR1' USR1
+trap 'forward USR2' USR2
 trap 'forward TERM' TERM
 "$@" &
 child=$!

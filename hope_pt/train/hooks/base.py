@@ -26,7 +26,12 @@ class StepRecord:
 
 
 class Hook:
-    """Does nothing; a hook overrides the moments it cares about. All ranks call the same hooks in the same order."""
+    """Does nothing; a hook overrides the moments it cares about. All ranks call the same hooks in the same order.
+
+    phase: what a rank that calls the hook is doing, for the watchdog (`engine.phases`); empty: what it did before.
+    """
+
+    phase = ""
 
     def start(self, step: int) -> None:
         """Before the first step of this session; `step` steps are done."""

@@ -18,6 +18,8 @@ class MeasureHook(Hook):
     console.
     """
 
+    phase = "evaluation"
+
     def __init__(
         self,
         measure: Callable[[], dict[str, float]],

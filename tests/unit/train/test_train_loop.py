@@ -18,6 +18,7 @@ from hope_pt.train.hooks.checkpoint import CheckpointHook
 from hope_pt.train.hooks.measure import MeasureHook
 from hope_pt.train.hooks.metrics import MetricsHook
 from hope_pt.train.loop import fit
+from hope_pt.train.wishes import Wishes
 
 
 @dataclass
@@ -57,6 +58,12 @@ class Spy(Hook):
         self._log.append(("step", record.step, record.tokens))
 
 
+def saver(engine, root, *, every, last_step, sinks=()):
+    """A hook that nobody asks for anything."""
+    settings = {"config": CheckpointConfig(every=every, keep=9), "last_step": last_step, "wishes": Wishes(root), "committed": 0}
+    return CheckpointHook(engine.capture, root=root, layout="", sinks=sinks, **settings)
+
+
 def test_the_loop_takes_one_batch_a_step_from_where_the_engine_is_to_the_end():
     engine, log = FakeEngine(done=3), []
     fit(engine, batches=iter("abcdefg"), num_steps=6, tokens_per_step=10, hooks=[Spy(log)])
@@ -78,7 +85,7 @@ def test_metrics_lines_have_the_agreed_keys_and_exact_floats(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(bad, tmp_path):
     engine = FakeEngine(losses={4: bad})
     sink = MetricsFile(tmp_path / "metrics.jsonl")
-    saving = CheckpointHook(engine.capture, root=tmp_path / "c", layout="", config=CheckpointConfig(every=2), last_step=10, sinks=[sink])
+    saving = saver(engine, tmp_path / "c", every=2, last_step=10, sinks=[sink])
     with pytest.raises(DivergenceError, match="step 4: loss = (nan|inf).*lower optim.lr"):
         fit(engine, batches=iter(range(99)), num_steps=10, tokens_per_step=1, hooks=[MetricsHook([sink]), saving])
     assert [record["step"] for record in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
@@ -102,7 +109,7 @@ def test_one_dropped_gradient_is_recorded_and_three_in_a_row_stop_the_run(tmp_pa
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     engine = FakeEngine(losses={4: -1.0})
-    saving = CheckpointHook(engine.capture, root=tmp_path, layout="", config=CheckpointConfig(every=2), last_step=10, sinks=[])
+    saving = saver(engine, tmp_path, every=2, last_step=10)
     with pytest.raises(DivergenceError, match="step 4: model.w has values that are not finite"):
         fit(engine, batches=iter(range(99)), num_steps=10, tokens_per_step=1, hooks=[saving])
     assert checkpoint.load_newest(tmp_path).step == 2
@@ -111,8 +118,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 @pytest.mark.parametrize(("every", "steps", "expected"), [(0, 5, [5]), (2, 5, [2, 4, 5]), (5, 5, [5])])
 def test_checkpoints_are_saved_where_due_and_once_at_the_end(every, steps, expected, tmp_path):
     engine = FakeEngine()
-    config = CheckpointConfig(every=every, keep=9)
-    saving = CheckpointHook(engine.capture, root=tmp_path, layout="", config=config, last_step=steps, sinks=[])
+    saving = saver(engine, tmp_path, every=every, last_step=steps)
     fit(engine, batches=iter(range(99)), num_steps=steps, tokens_per_step=1, hooks=[saving])
     assert sorted(int(path.name[5:]) for path in tmp_path.glob("step-*")) == expected
 

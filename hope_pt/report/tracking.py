@@ -13,6 +13,7 @@ from hope_pt.config import config_hash
 from hope_pt.config.schema import RunConfig
 from hope_pt.errors import ConfigError
 from hope_pt.report.metrics import Value
+from hope_pt.signals import shielded
 
 
 class WandbSink:
@@ -45,15 +46,17 @@ def open_wandb(config: RunConfig, *, directory: Path, module: Any = None) -> Wan
             raise ConfigError('track.wandb = true but wandb is not installed; pip install "hope-pt[track]" or set it to false') from error
         module = wandb
     try:
-        run = module.init(
-            project=config.track.wandb_project,
-            name=config.name,
-            id=run_id(config, directory=directory),
-            resume="allow",
-            mode=config.track.wandb_mode,
-            dir=str(directory),
-            config=config.model_dump(mode="json"),
-        )
+        with shielded():
+            # wandb writes in a process of its own, which must still be there when the trainer stops and says its last lines.
+            run = module.init(
+                project=config.track.wandb_project,
+                name=config.name,
+                id=run_id(config, directory=directory),
+                resume="allow",
+                mode=config.track.wandb_mode,
+                dir=str(directory),
+                config=config.model_dump(mode="json"),
+            )
     except Exception as error:
         # wandb's exceptions cannot be named here without importing it; each of them means that the tracker cannot be used as asked.
         raise ConfigError(

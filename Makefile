@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 RUN ?= hope_tiny
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 AOT_ARGS ?=
 BENCH_ARGS ?=
 COMPARE_ARGS ?=
@@ -77,8 +78,8 @@ mqar: $(VENV)/.stamp-base ## associative recall: HOPE, its memory-off control at
 	$(BIN)/hope train configs/mqar_transformer.toml $(TRAIN_ARGS)
 
 .PHONY: test
-test: $(VENV)/.stamp-full ## the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.stamp-full ## the whole test suite, on TEST_WORKERS processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 .PHONY: test-mcore019
 test-mcore019: $(MCORE019)/.stamp ## the engine's tests against megatron-core 0.19.2

@@ -10,7 +10,6 @@ group accumulates them: an interval is a sum of clipped gradients.
 """
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,29 +95,46 @@ class OuterOptimizer:
         self._megatron.zero_grad()
 
     @torch.no_grad()
-    def step(self, *, lr: float) -> tuple[float, bool]:
-        """One step with the reduced gradients; returns the gradient norm before clipping and whether the gradients were dropped.
+    def prepare(self) -> Tensor:
+        """Take the reduced gradients over from the models; returns the square of their global norm, a scalar on the device.
 
-        Gradients with a non-finite norm are dropped: no parameter and no accumulator sees them, but all clocks advance.
+        A rank counts its pieces; parameters that all tensor-parallel ranks hold count on the first of them, a tied embedding on the first
+        stage.
+        """
+        self._megatron.prepare_grads()
+        for main in self._frozen:
+            main.grad = None
+        groups = self._plan.groups
+        counted = [
+            gradient
+            for parameter, gradient in self._gradients()
+            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, groups.tensor)
+        ]
+        norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=self._plan.device)]
+        squares = torch.stack(norms).square().sum()
+        dist.all_reduce(squares, group=dist.group.WORLD if self.sharding != "none" else groups.model)
+        return squares
+
+    @torch.no_grad()
+    def step(self, *, lr: float, grad_norm: float, drop: bool) -> None:
+        """One step with the gradients that `prepare` took over, clipped by their global norm. The same arguments on every rank.
+
+        drop: no parameter and no accumulator sees them, but all clocks advance.
         """
         for group in self._clocked.param_groups:
             # DeepOptimizer applies the scales of its groups itself.
             group["lr"] = lr if "rule" in group else lr * group["lr_scale"]
-        self._megatron.prepare_grads()
-        for main in self._frozen:
-            main.grad = None
-        grad_norm = self._clip_gradients()
-        skipped = not math.isfinite(grad_norm)
-        if skipped:
+        if drop:
             self._megatron.zero_grad(set_to_none=True)
+        else:
+            self._clip_gradients(grad_norm)
         if self._inputs:
             self._keep_inputs(self._inputs.take())
-        self.watched.skipped = skipped
+        self.watched.skipped = drop
         # What `self._megatron.optimizer` is: its step, then masters to bf16 weights.
         self._megatron.step_with_ready_grads()
         if self._exchange:
             self._exchange.run(num_calls=self.num_calls)
-        return grad_norm, skipped
 
     def unwatched(self) -> contextlib.AbstractContextManager[None]:
         """Within it forward passes are no part of training: no rule takes note of what the layers see."""
@@ -155,27 +171,18 @@ class OuterOptimizer:
         state = {index: inner[name] for index, name in enumerate(self._names) if inner.get(name)}
         self._clocked.load_state_dict({**self._clocked.state_dict(), "state": state, "num_calls": num_calls})
 
-    def _clip_gradients(self) -> float:
-        """Scale all gradients so that their global norm is at most `clip`; returns the norm before.
+    def _clip_gradients(self, norm: float) -> None:
+        """Scale all gradients, of the global norm `norm`, so that it is at most `clip`.
 
-        A rank counts its pieces; parameters that all tensor-parallel ranks hold count on the first of them, a tied embedding on the first
-        stage. megatron's own clipping waits for the device once for every parameter where neither Transformer Engine nor apex is installed;
-        this waits once.
+        megatron's own clipping waits for the device once for every parameter where neither Transformer Engine nor apex is installed.
         """
-        groups = self._plan.groups
-        parameters = [parameter for parameter in self._megatron.get_parameters() if parameter.grad is not None]
-        counted = [
-            parameter.grad
-            for parameter in parameters
-            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, groups.tensor)
-        ]
-        norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=self._plan.device)]
-        squares = torch.stack(norms).square().sum()
-        dist.all_reduce(squares, group=dist.group.WORLD if self.sharding != "none" else groups.model)
-        norm = math.sqrt(float(squares))
-        if math.isfinite(norm) and norm > self._clip and parameters:
-            torch._foreach_mul_([parameter.grad for parameter in parameters], self._clip / norm)
-        return norm
+        gradients = [gradient for _, gradient in self._gradients()]
+        if norm > self._clip and gradients:
+            torch._foreach_mul_(gradients, self._clip / norm)
+
+    def _gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """What has a gradient, with it."""
+        return [(parameter, parameter.grad) for parameter in self._megatron.get_parameters() if parameter.grad is not None]
 
 
 def whole_shapes(parameters: Mapping[str, Tensor], *, ranks: int) -> dict[str, tuple[int, ...]]:

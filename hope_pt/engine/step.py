@@ -1,7 +1,7 @@
 """`TrainEngine`: one optimizer step on megatron-core's schedule, with results that do not depend on the layout.
 
     batch (this rank's rows) -> micro-batches (engine.micro) -> forward_backward_func -> sum of nll * mask, number of counted tokens
-      -> finalize_model_grads (sum over data-parallel ranks, / global number) -> clip -> optimizer with its clocks
+      -> finalize_model_grads (sum over data-parallel ranks, / global number) -> skip rule -> clip -> optimizer with its clocks
 
 The loss is the local sum over the global count: neither the number of ranks nor the micro-batch size enters it.
 """
@@ -9,6 +9,7 @@ The loss is the local sum over the global count: neither the number of ranks nor
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +35,12 @@ from hope_pt.engine.optimizer import OuterOptimizer
 from hope_pt.engine.plan import Plan
 from hope_pt.engine.sharding import Shard
 from hope_pt.engine.state import EngineState
+from hope_pt.engine.stopwatch import Stopwatch
 from hope_pt.errors import ConfigError, DataError, ParallelError
 from hope_pt.nn import HopeLM
 from hope_pt.nn.titans import TitansCore
 from hope_pt.optim import learning_rate
+from hope_pt.optim.spikes import SkipRule
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,13 +50,17 @@ class StepResult:
     """What one step reports.
 
     loss: nats per counted token over the global batch, the same number on every rank. grad_norm: before clipping. lr: of this step.
-    skipped: the gradient was not finite and was dropped.
+    skipped: its gradients were dropped (hope_pt.optim.spikes). spike: they were although loss and norm are finite. skips: steps dropped
+    since the run began. diverged: why the run should end here, "" while it should not.
     """
 
     loss: float
     grad_norm: float
     lr: float
     skipped: bool
+    spike: bool = False
+    skips: int = 0
+    diverged: str = ""
 
 
 def _log_backend(core: TitansCore, plan: Plan) -> None:
@@ -83,12 +90,14 @@ class TrainEngine:
         self.config = config
         self.plan = plan
         self.num_steps_done = 0
+        self._stopwatch = Stopwatch(plan.device)
         with quiet():
-            self.models = _wrap(build_model(config, plan=plan), config=config, plan=plan)
+            self.models = _wrap(build_model(config, plan=plan), config=config, plan=plan, stopwatch=self._stopwatch)
             self.parameters = named_parameters(self.models, config=config.model, plan=plan)
             self.optimizer = OuterOptimizer(self.parameters, models=self.models, config=config, plan=plan)
         self._state = EngineState(self.parameters, optimizer=self.optimizer, plan=plan)
         self._state.initialize(model=config.model, seed=config.train.seed)
+        self._skips = SkipRule(config.train.skip)
         meta = config.token_clock.meta_train
         self._meta = MetaLosses(config, mesh=plan.mesh, parameters=self.parameters) if meta else None
         cores = [core for model in self.models for core in model.modules() if isinstance(core, TitansCore)]
@@ -113,11 +122,28 @@ class TrainEngine:
             for model in self.models:
                 model.zero_grad_buffer()
             self.optimizer.zero_grad()
+            self._stopwatch.start()
             reports = self._run(micro_batches(batch, config=self.config, plan=self.plan), forward_only=False)
-            loss = self._global_loss(reports)
-            grad_norm, skipped = self.optimizer.step(lr=lr)
+            loss, grad_norm = self._agree(self._loss_sums(reports), self.optimizer.prepare())
+            verdict = self._skips.judge(loss=loss, norm=grad_norm)
+            self.optimizer.step(lr=lr, grad_norm=grad_norm, drop=verdict.dropped)
         self.num_steps_done += 1
-        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr, skipped=skipped)
+        if verdict.dropped and self.plan.rank == 0:
+            _LOG.warning("step %d: its update was dropped: %s", self.num_steps_done, verdict.reason)
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            skipped=verdict.dropped,
+            spike=verdict.spike,
+            skips=self._skips.skips,
+            diverged=verdict.diverged,
+        )
+
+    @property
+    def own_s(self) -> float:
+        """Seconds that this rank needed for its part of the last step, before it waited for other data-parallel ranks."""
+        return self._stopwatch.seconds
 
     @torch.no_grad()
     def token_losses(self, batch: BatchLike) -> Tensor:
@@ -153,7 +179,7 @@ class TrainEngine:
         A collective. Over all ranks each part of each tensor is listed once.
         """
         shards, scalars = self._state.shards()
-        return shards, {"step": self.num_steps_done, **scalars}
+        return shards, {"step": self.num_steps_done, "skips": self._skips.state_dict(), **scalars}
 
     def load(self, read: Callable[[list[Shard]], None], scalars: Mapping[str, Any]) -> None:
         """Take over what `shards` gave, under any layout; with the same one, later losses are equal bit for bit.
@@ -163,6 +189,10 @@ class TrainEngine:
         """
         self._state.load(read, scalars)
         self.num_steps_done = int(scalars["step"])
+        self._skips = SkipRule(self.config.train.skip)
+        # Checkpoints from before the rule, and the weights alone with which another run starts, come without.
+        if "skips" in scalars:
+            self._skips.load_state_dict(scalars["skips"])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As `shards`, but whole tensors on every rank, for models that fit one process; a collective."""
@@ -191,16 +221,23 @@ class TrainEngine:
             **pipelined,
         )
 
-    def _global_loss(self, reports: list[Tensor]) -> float:
-        """Nats per counted token; only the last pipeline stage has reports."""
+    def _loss_sums(self, reports: list[Tensor]) -> Tensor:
+        """[sum of the loss in nats, counted tokens] of the global batch, fp64 on the device; only the last pipeline stage has reports."""
         total = torch.stack(reports).sum(0) if reports else torch.zeros(2, dtype=torch.float64, device=self.plan.device)
         dist.all_reduce(total, group=self.plan.groups.data_context)
         if self.plan.mesh.pipeline > 1:
             dist.all_reduce(total, group=self.plan.groups.pipeline)
-        loss_sum, count = total.tolist()
+        return total
+
+    def _agree(self, loss_sums: Tensor, squares: Tensor) -> tuple[float, float]:
+        """Loss in nats per counted token and norm of the gradient: the first rank's, so that no rank decides otherwise by a last bit."""
+        values = torch.cat([loss_sums, squares.double().view(1)])
+        if self.plan.world_size > 1:
+            dist.broadcast(values, src=0)
+        loss_sum, count, square = values.tolist()
         if count == 0:
             raise DataError(f"no token of the global batch of step {self.num_steps_done} is counted: its loss mask is zero everywhere")
-        return loss_sum / count
+        return loss_sum / count, math.sqrt(square)
 
 
 def _forward(micros: Iterator[MicroBatch], model: torch.nn.Module, *, report_tokens: bool, meta: MetaLosses | None):
@@ -221,7 +258,7 @@ def _sum_loss(losses_BT: Tensor, *, mask_BT: Tensor, report_tokens: bool) -> tup
     return loss, count.int(), report
 
 
-def _wrap(pieces: Sequence[GPTModel], *, config: RunConfig, plan: Plan) -> list[DistributedDataParallel]:
+def _wrap(pieces: Sequence[GPTModel], *, config: RunConfig, plan: Plan, stopwatch: Stopwatch) -> list[DistributedDataParallel]:
     """The pieces in megatron's data-parallel wrapper: fp32 gradient buffers, one reduction a step, during the backward pass or after it."""
     engine = config.engine
     settings = DistributedDataParallelConfig(
@@ -236,7 +273,7 @@ def _wrap(pieces: Sequence[GPTModel], *, config: RunConfig, plan: Plan) -> list[
         for index, piece in enumerate(pieces)
     ]
     megatron: TransformerConfig = pieces[0].config
-    megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.finalize_model_grads_func = stopwatch.before(finalize_model_grads)
     megatron.no_sync_func = _one_or_list([model.no_sync for model in models])
     if plan.mesh.pipeline > 1 and engine.overlap_grad_reduce:
         megatron.grad_sync_func = _one_or_list([model.start_grad_sync for model in models])

@@ -76,7 +76,8 @@ def measure(case: str) -> dict[str, Any]:
     engine = TrainEngine(config, plan)
     # The clocks go on without data until every slow level has moments and is within an interval.
     for _ in range(max(config.model.cms.periods) + 1):
-        engine.optimizer.step(lr=0.0)
+        engine.optimizer.prepare()
+        engine.optimizer.step(lr=0.0, grad_norm=0.0, drop=False)
     engine.step(batch)
     began = time.monotonic()
     resting = psutil.Process().memory_info().rss

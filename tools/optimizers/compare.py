@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +160,7 @@ def compare(
 
 
 def time_optimizer(name: str, *, budget: Budget) -> dict[str, float]:
-    """Seconds of a training step and of its optimizer.step, means over `TIMED_STEPS` steps after two, in this process."""
+    """Seconds of a training step and of its optimizer (norm to update), means over `TIMED_STEPS` steps after two, in this process."""
     from hope_pt import data, engine
 
     config = run_config(Trial(name, 1e-4, 0), budget=budget, base_rate=1e-4, out=Path("runs"))
@@ -168,15 +168,19 @@ def time_optimizer(name: str, *, budget: Budget) -> dict[str, float]:
     trainer = engine.TrainEngine(config, plan)
     source = data.open_source(config.data, split="train", vocab_size=config.model.vocab_size)
     batch = source.read(np.arange(budget.batch))
-    plain, spent = trainer.optimizer.step, []
+    spent: list[float] = []
 
-    def timed(*, lr: float) -> tuple[float, bool]:
-        began = time.perf_counter()
-        result = plain(lr=lr)
-        spent.append(time.perf_counter() - began)
-        return result
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(**arguments: Any) -> Any:
+            began = time.perf_counter()
+            result = function(**arguments)
+            spent.append(time.perf_counter() - began)
+            return result
 
-    trainer.optimizer.step = timed  # type: ignore[method-assign]
+        return call
+
+    trainer.optimizer.prepare = timed(trainer.optimizer.prepare)  # type: ignore[method-assign]
+    trainer.optimizer.step = timed(trainer.optimizer.step)  # type: ignore[method-assign]
     for step in range(2 + TIMED_STEPS):
         if step == 2:
             spent.clear()

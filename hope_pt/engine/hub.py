@@ -4,7 +4,9 @@
   closes the sockets of a dead process;
 * a rank that reports an exception: failed, with that message;
 * `silent_s` without a beat: stopped, its host is lost, or its interpreter is blocked by one long native call;
-* `Launch.join_s` without a connection: it died before it could be heard, or was never started.
+* `Launch.join_s` without a connection: it died before it could be heard, or was never started;
+* a rank that is over the limit of its phase while no other one gets on (`engine.hangs`): all ranks are asked for their stacks and for what
+  they do now, and the answers name the culprit.
 """
 
 import contextlib
@@ -20,7 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hope_pt.engine.hangs import Report, culprits, is_hang, table, verdict_text, write_within
+
 EXIT_FAILED = 1
+HANG = "hang.txt"
 
 
 @dataclass(frozen=True)
@@ -31,17 +36,23 @@ class Limits:
     silent_s: float = 15.0
     unwind_s: float = 4.0
     """From the verdict to the forced end of a process whose main thread has not ended it."""
+    answer_s: float = 2.5
+    """For all ranks to write their stacks; one that says nothing in this time does not answer."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which rank ended the job: one line, the exit code of the others, and for a stopped rank its process, to be killed on its machine."""
+    """Which rank ended the job: one line, the exit code of the others, and for a stopped rank its process, to be killed on its machine.
+
+    hang: the stacks of the ranks tell more. If all ranks wait for each other, `rank` is the first one.
+    """
 
     rank: int
     text: str
     code: int = EXIT_FAILED
     home: str = ""
     pid: int = 0
+    hang: bool = False
 
 
 class Link:
@@ -116,7 +127,11 @@ class _Member:
     host: str
     home: str
     pid: int
-    where: str = "the start"
+    report: Report | None = None
+
+    @property
+    def where(self) -> str:
+        return self.report.where if self.report else "the start"
 
 
 class Hub:
@@ -139,6 +154,10 @@ class Hub:
         self._unfinished = set(range(world_size))
         self._waiting = Silence(limits.beat_s)
         self._verdict: Verdict | None = None
+        self._asked: float | None = None  # when all ranks were asked for their stacks
+        self._answers: dict[int, Report] = {}
+        self._written: set[int] = set()
+        self.logs: Path | None = None
         self.told = threading.Event()
 
     def run(self) -> None:
@@ -155,6 +174,8 @@ class Hub:
                 next_tick = time.monotonic() + self._limits.beat_s
                 self._tell(beat=True)
                 self._check()
+            if self._asked is not None and self._verdict is None:
+                self._judge(since=self._asked)
         self._tell(over=True)
 
     @property
@@ -182,7 +203,12 @@ class Hub:
         if member is None:
             return
         member.silence.count(heard=True)
-        member.where = message.get("where", member.where)
+        if "report" in message:
+            member.report = Report(**message["report"])
+        if "answer" in message:
+            self._answers[member.rank] = Report(**message["answer"])
+        if "written" in message:
+            self._written.add(member.rank)
         if "done" in message:
             self._unfinished.discard(member.rank)
         if "failed" in message:
@@ -212,6 +238,7 @@ class Hub:
             others = f" (nor {len(missing) - 1} others)" if len(missing) > 1 else ""
             text = f"has not joined within {self._join_s:.0f} s (HOPE_JOIN_S){others}: killed before it was heard, or never started"
             self._decide(missing[0], text)
+        self._suspect()
         for member in self._members.values():
             member.silence.count(heard=member.rank not in self._unfinished)
             if member.silence.seconds > self._limits.silent_s:
@@ -220,15 +247,58 @@ class Hub:
                 )
                 self._decide(member.rank, text + member.where, stopped=True)
 
+    def _suspect(self) -> None:
+        """Asks all ranks, once they are there, when their last words look like a hang."""
+        if self._asked is not None or len(self._members) < self._world_size:
+            return
+        if is_hang([self._members[rank].report for rank in self._unfinished]):
+            self._asked, self._answers, self._written = time.monotonic(), {}, set()
+            self._tell(stacks=str(self.logs or ""))
+
+    def _judge(self, *, since: float) -> None:
+        """When all ranks have written their stacks, or had the time: the verdict, or none if the answers say that the job goes on."""
+        if self._unfinished - self._written and time.monotonic() < since + self._limits.answer_s:
+            return
+        reports = {rank: self._answers.get(rank) for rank in sorted(self._unfinished)}
+        if not is_hang([report or self._members[rank].report for rank, report in reports.items()]):
+            self._asked = None
+            return
+        named = culprits(reports)
+        text = verdict_text(reports, named=named, names=self._names(), file=self._see())
+        self._tabulate(text, reports)
+        first = named[0] if named else 0
+        self._pass(Verdict(first, text, EXIT_FAILED, *self._process(first, stopped=bool(named) and reports[first] is None), hang=True))
+
+    def _tabulate(self, text: str, reports: dict[int, Report | None]) -> None:
+        last = {rank: member.report for rank, member in self._members.items()}
+        if self.logs:
+            write_within(self._limits.answer_s, self.logs / HANG, lambda: table(text, reports, last=last, names=self._names()))
+
+    def _see(self) -> str:
+        return f"stacks: {self.logs / HANG}" if self.logs else ""
+
+    def _names(self) -> dict[int, str]:
+        return {rank: rank_name(rank, self._world_size, member.host) for rank, member in self._members.items()}
+
     def _decide(self, rank: int, text: str, *, code: int = EXIT_FAILED, stopped: bool = False) -> None:
         """The first verdict is the one; a stopped rank has to be killed."""
         if self._verdict is not None:
             return
         member = self._members.get(rank)
-        name = rank_name(rank, self._world_size, member.host if member else "")
-        home, pid = (member.home, member.pid) if member and stopped else ("", 0)
-        self._verdict = Verdict(rank, f"{name} {text}", code, home, pid)
-        self._tell(verdict=asdict(self._verdict))
+        text = f"{rank_name(rank, self._world_size, member.host if member else '')} {text}"
+        if stopped and self.logs:
+            text = f"{text}; {self._see()}"
+            self._tabulate(text, {other: None if other == rank else self._members[other].report for other in sorted(self._unfinished)})
+        self._pass(Verdict(rank, text, code, *self._process(rank, stopped=stopped), hang=stopped))
+
+    def _process(self, rank: int, *, stopped: bool) -> tuple[str, int]:
+        """Home and number of a process that cannot end itself."""
+        member = self._members.get(rank)
+        return (member.home, member.pid) if member and stopped else ("", 0)
+
+    def _pass(self, verdict: Verdict) -> None:
+        self._verdict = verdict
+        self._tell(verdict=asdict(verdict))
         self._check()
 
     def _tell(self, **message: Any) -> None:

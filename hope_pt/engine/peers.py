@@ -2,15 +2,15 @@
 
     rank 0: hub thread  <--one TCP connection each-->  client thread of every rank, of rank 0 too
 
-Every client says each second where its main thread is; the hub (`engine.hub`) says each second that it lives, and decides which
-rank has failed. The verdict goes to all clients, which decide alone if it is the hub that is gone or silent. A rank whose main
-thread is then thrown out of its collective raises `PeerError` with the verdict; one that stays in it (NCCL waits for ever) is ended
-by its client thread. Nothing here waits for the time limits of the backend.
+Every client says each second what its main thread does (`engine.hangs`); the hub (`engine.hub`) says each second that it lives, and
+decides which rank has failed or hangs. The verdict goes to all clients, which decide alone if it is the hub that is gone or silent. A
+rank whose main thread is then thrown out of its collective raises `PeerError` with the verdict; one that stays in it (NCCL waits for
+ever) is ended by its client thread. Nothing here waits for the time limits of the backend.
 
 What a rank sees of another one's death is a broken collective. That is a symptom and not reported as a failure of its own: the rank
 waits for the verdict, and reports itself only when none comes.
 
-One process starts no thread and no socket. docs/failures.md has the measurements and the limits.
+One process has no socket, and a thread that ends it when a phase takes too long. docs/failures.md has the measurements and the limits.
 """
 
 import contextlib
@@ -18,22 +18,24 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from hope_pt.config.schema import WatchdogConfig
+from hope_pt.engine.hangs import Observer, stacks, verdict_text, write_within
 from hope_pt.engine.hub import EXIT_FAILED, Hub, Limits, Link, Silence, Verdict, home, rank_name
 from hope_pt.engine.launch import Launch
 from hope_pt.engine.phases import Phases
 from hope_pt.errors import HopeError, ParallelError
 
 _KEY = "hope_peers"
+_STACKS = "hang-rank-{}.txt"
 
 
 class PeerError(ParallelError):
@@ -64,21 +66,29 @@ class Watch:
         self._verdict: Verdict | None = None
         self._settled = threading.Event()
         self._own_failure = ""
-        self._watchdog: WatchdogConfig | None = None
+        self._watchdog = WatchdogConfig()
+        self._observer = Observer(self.phases, beat_s=self._limits.beat_s)
+        self._stacks_written = False
+        self._left = threading.Event()
         self._logs: Path | None = None
         self._reporting = contextlib.ExitStack()
 
-    def configure(self, watchdog: WatchdogConfig, *, logs: Path) -> None:
-        """From now on a phase that takes longer than `watchdog` allows ends the job; stacks go to the folder `logs`."""
-        self._watchdog, self._logs = watchdog, logs
+    def configure(self, limits: WatchdogConfig, *, logs: Path) -> None:
+        """From now on a phase may take as long as `limits` says, until then as long as their defaults; stacks go to the folder `logs`."""
+        self._watchdog, self._logs = limits, logs
+        if self._hub:
+            self._hub.logs = logs
 
     def __enter__(self) -> "Watch":
         if self._launch.world_size > 1:
             self._join()
+        else:
+            threading.Thread(target=self._watch_alone, name="hope-watch", daemon=True).start()
         self._reporting.enter_context(self.reporting())
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._left.set()
         self._reporting.__exit__(kind, error, trace)
         if error is None and self._link is not None:
             self._link.send(done=True)
@@ -164,12 +174,12 @@ class Watch:
     def _listen(self) -> None:
         """Body of the client thread: beats, and waits for the end."""
         assert self._link is not None
-        limits, silence, position, next_beat = self._limits, Silence(self._limits.beat_s), _Position(), 0.0
+        limits, silence, next_beat = self._limits, Silence(self._limits.beat_s), 0.0
         first = rank_name(0, self._launch.world_size, self._hub_host)
         while True:
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + limits.beat_s
-                self._link.send(where=position.read())
+                self._link.send(report=asdict(self._observer.look(self._watchdog)))
             try:
                 messages = self._link.receive(timeout_s=limits.beat_s)
             except OSError:
@@ -180,12 +190,33 @@ class Watch:
                     return self._settled.set()
                 if "verdict" in message:
                     return self._end(Verdict(**message["verdict"]))
+                if "stacks" in message:
+                    # First the answer: a disk that does not answer is not this rank's silence.
+                    self._link.send(answer=asdict(self._observer.look(self._watchdog)))
+                    self._write_stacks(self._logs or (Path(message["stacks"]) if message["stacks"] else None))
+                    self._link.send(written=True)
             if silence.seconds > limits.silent_s:
                 text = f"{first} has been silent for {limits.silent_s:.0f} s (stopped, its host lost, or its interpreter blocked)"
-                return self._end(Verdict(0, text, home=self._hub_home, pid=self._hub_pid))
+                return self._end(Verdict(0, text, home=self._hub_home, pid=self._hub_pid, hang=True))
+
+    def _watch_alone(self) -> None:
+        """Body of the only thread of a job of one process."""
+        while not self._left.wait(self._limits.beat_s):
+            report = self._observer.look(self._watchdog)
+            if report.expired:
+                file = f"stacks: {self._logs / _STACKS.format(0)}" if self._logs else ""
+                names = {0: rank_name(0, 1, socket.gethostname())}
+                return self._end(Verdict(0, verdict_text({0: report}, named=[0], names=names, file=file), hang=True))
+
+    def _write_stacks(self, logs: Path | None) -> None:
+        self._stacks_written = True
+        title = f"rank {self._launch.rank} of {self._launch.world_size}: {self._observer.look(self._watchdog)}"
+        write_within(self._limits.answer_s, logs / _STACKS.format(self._launch.rank) if logs else None, lambda: stacks(title))
 
     def _end(self, verdict: Verdict) -> None:
         """Lets the main thread end the process with the verdict; if it does not, ends it."""
+        if verdict.hang and not self._stacks_written:
+            self._write_stacks(self._logs)
         # Two machines whose home cannot be told have the same empty one: what is no home of ours must not be killed.
         if verdict.pid and verdict.home and verdict.home == home() and verdict.rank != self._launch.rank:
             # A stopped process cannot end itself. Its connection is open, so its number is still its own. First the others notice too.
@@ -196,34 +227,13 @@ class Watch:
             self._hub.told.wait(self._join_s)
         self._verdict = verdict
         self._settled.set()
-        time.sleep(self._limits.unwind_s)
+        # The rank that hangs goes first: its end breaks the collectives in which the others wait, and they clean up.
+        goes_first = verdict.hang and verdict.rank == self._launch.rank
+        time.sleep(self._limits.beat_s if goes_first else self._limits.unwind_s)
         # Not sys.stderr: the main thread may be stuck with its lock.
         with contextlib.suppress(OSError):
             os.write(2, (self._own_failure or f"hope: {verdict.text}\n").encode())
         os._exit(verdict.code)
-
-
-class _Position:
-    """Where the main thread is, in our code, and since when it has been seen there."""
-
-    def __init__(self) -> None:
-        self._place, self._since = "", time.monotonic()
-
-    def read(self) -> str:
-        place = _innermost(sys._current_frames().get(threading.main_thread().ident or 0))
-        if place != self._place:
-            self._place, self._since = place, time.monotonic()
-        seconds = int(time.monotonic() - self._since)
-        return f"{place} for {seconds} s" if seconds else place
-
-
-def _innermost(frame: Any) -> str:
-    while frame is not None:
-        module = str(frame.f_globals.get("__name__", ""))
-        if module.startswith("hope_pt.") and module not in (__name__, Hub.__module__):
-            return f"{module.removeprefix('hope_pt.')}.{frame.f_code.co_qualname}, line {frame.f_lineno}"
-        frame = frame.f_back
-    return "the start"
 
 
 def _host(launch: Launch) -> str:

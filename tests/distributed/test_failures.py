@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from hope_pt.engine import peers
+from hope_pt.engine.hangs import Report
 from hope_pt.engine.hub import Hub, Limits, Link, Verdict
 from hope_pt.engine.launch import Launch
 from hope_pt.engine.peers import PeerError, Watch
@@ -226,8 +227,8 @@ def test_the_hub_of_a_thousand_ranks_hears_all_of_them_and_names_the_one_that_is
         link.send(hello=rank, token=hub.token, host="", home="", pid=0)
     assert all("welcome" in link.receive(timeout_s=10.0)[0] for link in links)
     for link in links:
-        link.send(where="engine.step")
-    links[700].send(where="nn.titans")
+        link.send(report=asdict(report("engine.step")))
+    links[700].send(report=asdict(report("nn.titans")))
     links[700].close()
     texts = [wait_for_verdict(link) for link in links[:700] + links[701:]]
     assert set(texts) == {"rank 700 of 1100 was killed or crashed: its process is gone; last seen in nn.titans"}
@@ -243,10 +244,16 @@ def wait_for_verdict(link):
                 return message["verdict"]["text"]
 
 
-def test_one_process_has_no_watch_and_its_errors_pass_unchanged():
+def report(place):
+    return Report(phase="step", step=3, seconds=0, place=place, place_s=0, collective=False, expired=False)
+
+
+def test_one_process_has_a_thread_as_long_as_it_is_watched_and_its_errors_pass_unchanged():
     before = threading.active_count()
-    with Watch(Launch()) as watch:
-        assert threading.active_count() == before
+    with Watch(Launch(), limits=LIMITS) as watch:
+        assert threading.active_count() == before + 1
+    time.sleep(2 * LIMITS.beat_s)
+    assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="^gloo broke$"), watch, watch.reporting():
         raise RuntimeError("gloo broke")
 

@@ -1,0 +1,201 @@
+"""A rank that lives but does not get on: what every rank says of itself, when that is a hang, who causes it, and the stacks.
+
+    main thread --Phases--> Observer (watching thread of the same rank) --Report, each beat--> hub: `is_hang`, then `culprits`
+
+Nothing of torch is imported here: a collective is known by the module of a frame.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from hope_pt.config.schema import WatchdogConfig
+from hope_pt.engine.phases import Phases, limit_s
+
+_WAITING = (
+    "torch.distributed",
+    "megatron.core.pipeline_parallel.p2p_communication",
+    "megatron.core.distributed.finalize_model_grads",
+    "megatron.core.distributed.param_and_grad_buffer",
+    "hope_pt.engine.collectives",
+    "hope_pt.engine.peers",
+)
+"""Modules whose functions wait for other ranks, directly or through a handle."""
+_WAITING_DEPTH = 20
+_NOT_A_PLACE = ("hope_pt.engine.collectives", "hope_pt.engine.peers", "hope_pt.engine.hub", __name__)
+"""Where everybody waits for the others: what called it says more."""
+_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank does. seconds: in its phase; place_s: in the function of `place`; collective: waits for others; expired: too long."""
+
+    phase: str
+    step: int
+    seconds: int
+    place: str
+    place_s: int
+    collective: bool
+    expired: bool
+
+    @property
+    def where(self) -> str:
+        """Place and seconds."""
+        return f"{self.place} for {self.place_s} s" if self.place_s else self.place
+
+    def __str__(self) -> str:
+        return f"{self.seconds} s in phase {self.phase} after step {self.step}, in {self.where}"
+
+
+class Observer:
+    """Looks at the main thread from another one, in seconds of at most two beats a look: a job that was suspended has not hung."""
+
+    def __init__(self, phases: Phases, *, beat_s: float):
+        self._phases, self._longest, self._last = phases, 2 * beat_s, time.monotonic()
+        self._serial, self._seconds, self._function, self._place_s = -1, 0.0, "", 0.0
+
+    def look(self, limits: WatchdogConfig) -> Report:
+        """To be called once a beat."""
+        phase, now = self._phases.now, time.monotonic()
+        passed, self._last = min(now - self._last, self._longest), now
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        function, line = _place(frame)
+        same_phase = phase.serial == self._serial
+        same_place = same_phase and function == self._function
+        self._seconds = self._seconds + passed if same_phase else min(now - phase.began, self._longest)
+        self._place_s = self._place_s + passed if same_place else 0.0
+        self._serial, self._function = phase.serial, function
+        limit = limit_s(phase.name, limits=limits, step_s=self._phases.step_s)
+        return Report(
+            phase=phase.name,
+            step=phase.step,
+            seconds=int(self._seconds),
+            place=f"{function}, line {line}" if line else function,
+            place_s=int(self._place_s),
+            collective=_waits(frame),
+            expired=bool(limit) and self._seconds > limit,
+        )
+
+
+def _place(frame: FrameType | None) -> tuple[str, int]:
+    """The innermost function of ours, and its line."""
+    while frame is not None:
+        module = _module(frame)
+        if module.startswith("hope_pt.") and module not in _NOT_A_PLACE:
+            return f"{module.removeprefix('hope_pt.')}.{frame.f_code.co_qualname}", frame.f_lineno
+        frame = frame.f_back
+    return "the start", 0
+
+
+def _waits(frame: FrameType | None) -> bool:
+    for _ in range(_WAITING_DEPTH):
+        if frame is None:
+            return False
+        if any(_module(frame) == name or _module(frame).startswith(f"{name}.") for name in _WAITING):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def is_hang(reports: Collection[Report | None]) -> bool:
+    """Some rank is over its limit, and none has both time left and something to do besides waiting for others.
+
+    So a job whose ranks wait for one that has a long task of its own goes on until the limit of that task. None: a rank not heard yet.
+    """
+    known = [report for report in reports if report is not None]
+    stuck = all(report.expired or report.collective for report in known)
+    return stuck and len(known) == len(reports) and any(report.expired for report in known)
+
+
+def culprits(reports: Mapping[int, Report | None]) -> list[int]:
+    """The ranks that cause a hang; none if nothing tells them from the others. None: a rank that was asked and does not answer.
+
+    1. those that do not answer;
+    2. else those that wait for nobody, of them the ones longest in their place. If nobody waits for anybody, as it looks when all wait
+       for their devices, those that differ from a majority come first;
+    3. else those that wait elsewhere than a majority of more than half: they took another way, past a collective or into one.
+    """
+    silent = [rank for rank, report in reports.items() if report is None]
+    if silent:
+        return silent
+    known = {rank: report for rank, report in reports.items() if report is not None}
+    busy = {rank: report for rank, report in known.items() if not report.collective}
+    if not busy or len(busy) == len(known):
+        apart = _apart_from_the_majority(known)
+        if apart or not busy:
+            return apart
+    longest = max(report.place_s for report in busy.values())
+    return [rank for rank, report in busy.items() if report.place_s == longest]
+
+
+def _apart_from_the_majority(reports: Mapping[int, Report]) -> list[int]:
+    spots = {rank: (report.step, report.phase, report.place) for rank, report in reports.items()}
+    spot, count = Counter(spots.values()).most_common(1)[0]
+    return [rank for rank in spots if spots[rank] != spot] if 2 * count > len(spots) else []
+
+
+def verdict_text(reports: Mapping[int, Report | None], *, named: list[int], names: Mapping[int, str], file: str) -> str:
+    """One line: who hangs, where and for how long. names: of the ranks, for people; file: what to read next."""
+    if not named:
+        oldest = max((report for report in reports.values() if report is not None), key=lambda report: report.seconds)
+        same = len({(report.step, report.place) for report in reports.values() if report}) == 1
+        text = f"all ranks wait for each other, {'at the same place' if same else 'at different places'}: {oldest}"
+    else:
+        first = reports[named[0]]
+        which = "; ".join(names[rank] for rank in named[:_NAMED]) + (f" and {len(named) - _NAMED} others" if len(named) > _NAMED else "")
+        text = f"{which} {'hang' if len(named) > 1 else 'hangs'}: {first or 'no answer'}"
+        waiting = sum(report is not None and report.collective for rank, report in reports.items() if rank not in named)
+        text += f"; {waiting} of {len(reports)} ranks wait" if waiting else ""
+    return f"{text}; {file}" if file else text
+
+
+def table(text: str, reports: Mapping[int, Report | None], *, last: Mapping[int, Report | None], names: Mapping[int, str]) -> str:
+    """hang.txt: the verdict and one line a rank; `last`: what those that do not answer said before."""
+    lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}", ""]
+    for rank, report in reports.items():
+        if report is None:
+            lines.append(f"{names[rank]}: does not answer; last heard: {last[rank] or 'nothing'}")
+        else:
+            state = "waits for other ranks" if report.collective else "waits for no other rank"
+            lines.append(f"{names[rank]}: {report}; {state}{'; over its limit' if report.expired else ''}")
+    return "\n".join([*lines, ""])
+
+
+def stacks(title: str) -> str:
+    """The Python stacks of all threads of this process, the main thread first."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main, own = threading.main_thread().ident, threading.get_ident()
+    parts = [f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {title}\n"]
+    for thread, frame in sorted(sys._current_frames().items(), key=lambda item: item[0] != main):
+        if thread != own:
+            parts.append(f"thread {names.get(thread, thread)}, the innermost call last:\n{''.join(traceback.format_stack(frame))}")
+    return "\n".join(parts)
+
+
+def write_within(seconds: float, path: Path | None, text: Callable[[], str]) -> None:
+    """`text()` to `path`, or to the standard error. Gives up after `seconds`: a disk that does not answer may be the cause of the hang."""
+
+    def write() -> None:
+        with contextlib.suppress(OSError):
+            if path is None:
+                os.write(2, text().encode())
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text(), encoding="utf-8")
+
+    writer = threading.Thread(target=write, name="hope-hang-writer", daemon=True)
+    writer.start()
+    writer.join(seconds)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,12 @@ class BadNodesError(HopeError):
     """Preflight names nodes that a job should leave out; the exit code is neither a person's mistake nor a crash."""
 
     exit_code = 3
+
+
+class BadNetworkError(HopeError):
+    """Preflight did not come through the network's test and can name no node: an attempt that failed, as a crash does."""
+
+    exit_code = 1
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -198,15 +205,28 @@ def _preflight(arguments: argparse.Namespace) -> None:
     from hope_pt.cli.launcher import launch_from_environment
     from hope_pt.launch.preflight import preflight
 
-    directory = Path(arguments.run)
-    verdict = preflight(launch_from_environment(), directory=directory, environment=os.environ)
+    launch, directory = launch_from_environment(), Path(arguments.run)
+    verdict = preflight(launch, directory=directory, environment=os.environ)
     if verdict is None:
         return
     print("\n".join(verdict.lines), flush=True)
+    error = None
     if verdict.bad:
-        if (directory / "slurm").is_dir():
-            (directory / "slurm" / "bad-node").write_text("".join(f"{node}\n" for node in sorted(verdict.bad)), encoding="utf-8")
-        raise BadNodesError(f"preflight found bad nodes: {', '.join(sorted(verdict.bad))}")
+        named = directory / "slurm" / "bad-node"
+        # Rank 0 knows best; the others speak only where it is gone, and then all say the same.
+        if named.parent.is_dir() and (launch.rank == 0 or not named.exists()):
+            named.write_text("".join(f"{node}\n" for node in sorted(verdict.bad)), encoding="utf-8")
+        error = BadNodesError(f"preflight found bad nodes: {', '.join(sorted(verdict.bad))}")
+    elif verdict.shared:
+        error = HopeError(f"preflight: no node can write the run: {'; '.join(verdict.shared)}; make room or set out elsewhere")
+    elif verdict.stuck:
+        error = BadNetworkError("preflight did not come through the network's test, see above")
+    if error is not None and verdict.stuck:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # A thread of this process may be inside a collective that never ends.
+        os._exit(error.exit_code)
+    if error is not None:
+        raise error
 
 
 def _sweep(arguments: argparse.Namespace) -> None:

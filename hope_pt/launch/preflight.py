@@ -1,120 +1,176 @@
 """Preflight: is every node of a job fit for it? One process for each GPU, under a minute, before the trainer starts.
 
-Each rank looks at its own machine (GPU, memory errors, disk, a matrix product), rank 0 collects (`hope_pt.engine.probe`), compares and
-names the nodes that are bad or far slower than the others. slurm/lib/run.sh leaves those out of the job's next start.
+Each rank looks at its own machine (`hope_pt.launch.health`), rank 0 collects and looks at the network (`hope_pt.engine.probe`), and
+`judge` compares and names the nodes that are bad or far slower than the others. slurm/lib/run.sh leaves those out of the job's next
+start. What all nodes share, a full disk above all, is no node's fault and nothing that another start would mend.
 """
 
-import os
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from hope_pt.engine.launch import Launch
 from hope_pt.engine.probe import Probe, probe
-from hope_pt.files import replace_text
+from hope_pt.errors import ParallelError
+from hope_pt.launch.health import examine
 
 JOIN_S = 40.0
-LEAST_FREE_BYTES = 1 << 30
+NETWORK_S = 15.0
+GRACE_S = 5.0
+"""Seconds after which ranks that cannot reach rank 0 may blame it; where it lives, it has named them by then and Slurm has ended them."""
+CLOCK_S = 3.0
 SLOWER = {"cuda": 1.2, "cpu": 8.0}
 """A rank's matrix product may take this much longer than the median; virtual nodes of one CPU take turns."""
-SIZE = {"cuda": 8192, "cpu": 256}
-_ECC = ("nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits")
+SLOWER_LINK = {"cuda": 1.5, "cpu": 20.0}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Verdict:
-    """lines: the report for people. bad: node -> reasons."""
+    """lines: the report for people. bad: node -> reasons. shared: problems that every node has. stuck: a rank hangs in the network."""
 
-    lines: list[str]
-    bad: dict[str, list[str]]
+    lines: list[str] = field(default_factory=list)
+    bad: dict[str, list[str]] = field(default_factory=dict)
+    shared: list[str] = field(default_factory=list)
+    stuck: bool = False
+
+    def blame(self, node: str, reason: str) -> None:
+        """Adds a reason once."""
+        if reason not in self.bad.setdefault(node, []):
+            self.bad[node].append(reason)
 
 
 def preflight(launch: Launch, *, directory: Path, environment: Mapping[str, str]) -> Verdict | None:
-    """Collective. The verdict on rank 0, None elsewhere."""
+    """Collective. The verdict on rank 0, None elsewhere; without rank 0, the verdict about its node on all others."""
+    end = time.monotonic() + JOIN_S
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", launch.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    report = examine(device, directory=directory, first=launch.local_rank == 0, environment=environment)
-    found = probe(launch, report=report, device=device, seconds=JOIN_S)
     hosts = [host for host in environment.get("HOPE_HOSTS", "").split(",") if host]
-    return judge(found, hosts=hosts, world_size=launch.world_size, kind=device.type) if found else None
+    report = examine(device, directory=directory, first=launch.local_rank == 0, environment=environment)
+    try:
+        found = probe(launch, report=report, device=device, seconds=max(end - time.monotonic(), GRACE_S), network_s=NETWORK_S)
+    except ParallelError as error:
+        time.sleep(GRACE_S)
+        return first_rank_is_gone(launch, hosts=hosts, reason=str(error))
+    return judge(found, hosts=hosts, world_size=launch.world_size) if found else None
 
 
-def examine(device: torch.device, *, directory: Path, first: bool, environment: Mapping[str, str]) -> dict:
-    """What a rank finds on its own machine: node, problems, seconds of a matrix product. `first`: of its node, which looks at disks too."""
-    problems = []
-    if first:
-        problems += [*_disk(directory), *_memory_errors()]
-    given = environment.get("SLURM_GPUS_ON_NODE", "")
-    if first and device.type == "cuda" and given.isdigit() and 1 < torch.cuda.device_count() < int(given):
-        problems.append(f"torch sees {torch.cuda.device_count()} of the {given} GPUs that the job has here")
-    return {"node": environment.get("SLURMD_NODENAME", os.uname().nodename), "problems": problems, "product_s": _product_s(device)}
+def first_rank_is_gone(launch: Launch, *, hosts: list[str], reason: str) -> Verdict:
+    """What the other ranks say when nobody collects their reports."""
+    node = hosts[0] if hosts else launch.master_addr
+    return Verdict([f"preflight: node {node} is bad: rank {launch.rank} says that {reason}"], {node: [reason]})
 
 
-def judge(found: Probe, *, hosts: list[str], world_size: int, kind: str) -> Verdict:
-    """Bad nodes from all reports: missing ranks, problems, matrix products far slower than the median's."""
-    bad: dict[str, list[str]] = {}
+def judge(found: Probe, *, hosts: list[str], world_size: int) -> Verdict:
+    """Bad nodes from all reports: missing ranks, problems, clocks, products and exchanges far slower than the median's."""
+    verdict = Verdict(stuck=bool(found.stuck or found.errors))
     per_node = max(world_size // max(len(hosts), 1), 1)
     for rank in found.missing:
-        node = hosts[rank // per_node] if hosts else f"of rank {rank}"
-        bad.setdefault(node, []).append(f"rank {rank} does not reach rank 0 within {JOIN_S:.0f} s")
-    median = statistics.median(report["product_s"] for report in found.reports.values())
-    for rank, report in sorted(found.reports.items()):
-        reasons = list(report["problems"])
-        if report["product_s"] > SLOWER[kind] * median:
-            reasons.append(f"rank {rank}: a matrix product takes {report['product_s'] * 1e3:.1f} ms, the median is {median * 1e3:.1f} ms")
-        if reasons:
-            bad.setdefault(report["node"], []).extend(reasons)
-    slowest = max(report["product_s"] for report in found.reports.values())
+        verdict.blame(hosts[rank // per_node] if hosts else f"of rank {rank}", f"rank {rank} does not reach rank 0 within {JOIN_S:.0f} s")
+    kind = "cuda" if any(report["kind"] == "cuda" for report in found.reports.values()) else "cpu"
+    _own_problems(found, verdict, kind=kind)
+    _clocks(found, verdict)
+    products = _products(found, verdict, slower=SLOWER[kind])
+    exchanges = _exchanges(found, verdict, slower=SLOWER_LINK[kind])
+    _stuck(found, verdict)
     reduce = "not run" if found.all_reduce_s is None else f"{found.all_reduce_s * 1e3:.1f} ms for 16 MiB"
-    products = f"product {median * 1e3:.1f} ms (slowest {slowest * 1e3:.1f})"
-    lines = [f"preflight: {len(found.reports)} of {world_size} ranks, {products}, all-reduce {reduce}"]
-    lines += [f"preflight: node {node} is bad: {reason}" for node, reasons in sorted(bad.items()) for reason in reasons]
-    return Verdict(lines, bad)
+    head = f"preflight: {len(found.reports)} of {world_size} ranks, {products}, all-reduce {reduce}{exchanges}"
+    bad = [f"preflight: node {node} is bad: {reason}" for node, reasons in sorted(verdict.bad.items()) for reason in reasons]
+    verdict.lines = [head, *verdict.lines, *bad, *(f"preflight: on every node: {problem}" for problem in verdict.shared)]
+    return verdict
 
 
-def _disk(directory: Path) -> list[str]:
-    """Write, fsync and rename in the run's directory, as checkpoints do, and space for more than metrics."""
-    probe_file = directory / f".preflight-{os.uname().nodename}-{os.getpid()}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        replace_text(probe_file, text="x" * 4096)
-        if probe_file.stat().st_size != 4096:
-            return [f"{directory}: a file of 4096 bytes reads back as {probe_file.stat().st_size}"]
-        free = shutil.disk_usage(directory).free
-    except OSError as error:
-        return [f"{directory}: {error.strerror or error}"]
-    finally:
-        probe_file.unlink(missing_ok=True)
-    return [f"{directory}: {free >> 20} MiB free"] if free < LEAST_FREE_BYTES else []
+def _own_problems(found: Probe, verdict: Verdict, *, kind: str) -> None:
+    """What ranks say of their own machines; a disk that is bad on every node is not a node's."""
+    disks: dict[str, list[str]] = {report["node"]: [] for report in found.reports.values()}
+    for report in found.reports.values():
+        node = report["node"]
+        disks[node] += report["disk"]
+        for problem in report["problems"]:
+            verdict.blame(node, problem)
+        if kind == "cuda" and report["gpus"] < max(report["expected_gpus"], 1):
+            verdict.blame(node, f"torch sees {report['gpus']} of the {max(report['expected_gpus'], 1)} GPUs that the job has here")
+    if kind == "cpu" and any(report["expected_gpus"] for report in found.reports.values()):
+        verdict.lines.append("preflight: the job has GPUs and torch sees none of them on any node")
+    if all(disks.values()):
+        verdict.shared += sorted({problem for problems in disks.values() for problem in problems})
+    else:
+        for node, problems in disks.items():
+            for problem in problems:
+                verdict.blame(node, problem)
+    unread = sorted({report["node"] for report in found.reports.values() if report["kernel_log"] is False})
+    if unread:
+        verdict.lines.append(f"preflight: kernel log not readable on {', '.join(unread)}: not searched for GPU errors (Xid)")
 
 
-def _memory_errors() -> list[str]:
-    """Uncorrected memory errors of the node's GPUs, where nvidia-smi tells."""
-    try:
-        lines = subprocess.run(_ECC, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-    except FileNotFoundError:
-        return []
-    except subprocess.SubprocessError as error:
-        return [f"nvidia-smi fails: {error}"]
-    counts = [line.split(", ") for line in lines if line.count(", ") == 1]
-    return [f"GPU {index} has {count} uncorrected memory errors" for index, count in counts if count.isdigit() and int(count)]
+def _clocks(found: Probe, verdict: Verdict) -> None:
+    """Nodes whose clock differs from the median's; of two that differ nobody can say which is wrong."""
+    nodes = {found.reports[rank]["node"]: clock for rank, clock in sorted(found.clocks.items(), reverse=True)}
+    if len(nodes) < 2:
+        return
+    middle = statistics.median_low(clock.ahead_s for clock in nodes.values())
+    wrong = {node: clock.ahead_s - middle for node, clock in nodes.items() if abs(clock.ahead_s - middle) - clock.within_s > CLOCK_S}
+    if len(nodes) == 2 and wrong:
+        (node, ahead), other = next(iter(wrong.items())), next(one for one in nodes if one not in wrong)
+        verdict.lines.append(f"preflight: the clock of {node} is {ahead:+.1f} s from that of {other}: one of the two nodes is wrong")
+        return
+    for node, ahead in wrong.items():
+        verdict.blame(node, f"its clock is {ahead:+.1f} s from the median of {len(nodes)} nodes")
 
 
-def _product_s(device: torch.device) -> float:
-    """Best of five products of two square matrices."""
-    size, times = SIZE[device.type], []
-    a = torch.ones(size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    for _ in range(6):
-        began = time.perf_counter()
-        # Reading an element waits for the device.
-        (a @ a)[0, 0].item()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+def _products(found: Probe, verdict: Verdict, *, slower: float) -> str:
+    """Compares matrix products among ranks on the same kind of device."""
+    kinds = sorted({report["kind"] for report in found.reports.values()})
+    times = {kind: [report["product_s"] for report in found.reports.values() if report["kind"] == kind] for kind in kinds}
+    medians = {kind: statistics.median(values) for kind, values in times.items()}
+    for rank, report in sorted(found.reports.items()):
+        took, median = report["product_s"], medians[report["kind"]]
+        if took > slower * median:
+            verdict.blame(report["node"], f"rank {rank}: a matrix product takes {took * 1e3:.1f} ms, the median is {median * 1e3:.1f} ms")
+    return ", ".join(f"product on {kind} {medians[kind] * 1e3:.1f} ms (slowest {max(times[kind]) * 1e3:.1f})" for kind in kinds)
+
+
+def _exchanges(found: Probe, verdict: Verdict, *, slower: float) -> str:
+    """Lays slow exchanges to nodes: one that is slow even in the best of its rounds; returns words for the report."""
+    node_of = {rank: report["node"] for rank, report in found.reports.items()}
+    across: dict[str, dict[str, float]] = {}
+    within: dict[str, float] = {}
+    for rank, times in found.exchanges.items():
+        here = node_of[rank]
+        for peer, took in times.items():
+            if node_of[peer] != here:
+                # The slowest rank of a node is the node's time in a round.
+                across.setdefault(here, {})[node_of[peer]] = max(took, across.get(here, {}).get(node_of[peer], 0.0))
+        own = [took for peer, took in times.items() if node_of[peer] == here]
+        within[here] = max(within.get(here, 0.0), min(own)) if own else within.get(here, 0.0)
+    words = ""
+    best = {node: min(times.values()) for node, times in across.items()}
+    for what, scores in (("with other nodes", best), ("within the node", {node: took for node, took in within.items() if took})):
+        if not scores:
+            continue
+        usual = statistics.median_low(scores.values())
+        words += f", exchange {what} {usual * 1e3:.1f} ms (slowest {max(scores.values()) * 1e3:.1f})"
+        if len(best) == 2 and what == "with other nodes":
+            words += ", which cannot be laid to one of two nodes"
+        for node, took in scores.items():
+            if took > slower * usual:
+                verdict.blame(node, f"exchanges of 16 MiB {what} take {took * 1e3:.1f} ms, the median is {usual * 1e3:.1f} ms")
+    return words
+
+
+def _stuck(found: Probe, verdict: Verdict) -> None:
+    """Ranks that wait for each other: one of the two nodes, or what lies between; both are left out. Others only wait for those."""
+    for rank, peer in found.stuck.items():
+        if peer is not None and found.stuck.get(peer) == rank:
+            node, other = found.reports[rank]["node"], found.reports[peer]["node"]
+            verdict.blame(node, f"ranks {min(rank, peer)} and {max(rank, peer)} ({node}, {other}) exchange nothing in {NETWORK_S:.0f} s")
+    if found.stuck and not any("exchange nothing" in reason for reasons in verdict.bad.values() for reason in reasons):
+        names = ", ".join(f"{rank} ({found.reports[rank]['node']})" for rank in found.stuck)
+        verdict.lines.append(f"preflight: ranks {names} are not through the network's test after {NETWORK_S:.0f} s; no node can be named")
+    for rank, error in found.errors.items():
+        verdict.lines.append(f"preflight: rank {rank} on {found.reports[rank]['node']}: {error}")

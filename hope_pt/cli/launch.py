@@ -1,4 +1,4 @@
-"""`hope launch plan | dry-run | submit | status | watch | cancel | sweep | eval | data | preflight`: the cluster, from a login node."""
+"""`hope launch plan | dry-run | submit | status | watch | cancel | wandb | sweep | eval | data | preflight`: from a login node."""
 
 import argparse
 import json
@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
         "status": _status,
         "watch": _watch,
         "cancel": _cancel,
+        "wandb": _wandb,
         "preflight": _preflight,
         "sweep": _sweep,
         "eval": _tasks,
@@ -201,6 +202,36 @@ def _cancel(arguments: argparse.Namespace) -> None:
     print(f"cancelled: {' '.join(jobs)}" if jobs else f"no job of {path} is in the queue")
 
 
+def _wandb(arguments: argparse.Namespace) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from hope_pt.launch.watch import read_status
+    from hope_pt.report import tracking
+
+    path = Path(arguments.run)
+    stored = path / "config.toml"
+    if not stored.is_file():
+        raise ConfigError(f"{path}: no run directory with a config.toml")
+    if arguments.upload:
+        settings = configs.loads(stored.read_text(encoding="utf-8"), source=str(stored))
+        sent = tracking.upload(settings, directory=path, finished=read_status(path).get("state") in ("done", "stopped"))
+        print(f"sent {len(sent)} steps: {sent[0]} to {sent[-1]}" if sent else "wandb has every step already")
+        return
+    found = tracking.segments(path)
+    if not found:
+        print(f"{path} has no offline segments of wandb; --upload sends its metrics.jsonl")
+        return
+    try:
+        installed = version("wandb")
+    except PackageNotFoundError:
+        installed = ""
+    for number, one in enumerate(found, start=1):
+        print(f"{number}. {one}")
+    print("as one run, with what wandb itself has recorded of the machine; steps taken again after a crash are in two segments:")
+    print("\n".join(f"  {shlex.join(words)}" for words in tracking.sync_commands(found, version=installed)))
+    print(f"every step once, from metrics.jsonl:\n  hope launch wandb {path} --upload")
+
+
 def _preflight(arguments: argparse.Namespace) -> None:
     from hope_pt.cli.launcher import launch_from_environment
     from hope_pt.launch.preflight import preflight
@@ -210,7 +241,7 @@ def _preflight(arguments: argparse.Namespace) -> None:
     if verdict is None:
         return
     print("\n".join(verdict.lines), flush=True)
-    error = None
+    error: HopeError | None = None
     if verdict.bad:
         named = directory / "slurm" / "bad-node"
         # Rank 0 knows best; the others speak only where it is gone, and then all say the same.

@@ -272,6 +272,8 @@ def _wrap(pieces: Sequence[GPTModel], *, config: RunConfig, plan: Plan, stopwatc
         DistributedDataParallel(piece.config, settings, piece, disable_bucketing=index > 0, pg_collection=plan.groups.megatron)
         for index, piece in enumerate(pieces)
     ]
+    if engine.overlap_param_gather:
+        stopwatch.leave_out_gathers(models)
     megatron: TransformerConfig = pieces[0].config
     megatron.finalize_model_grads_func = stopwatch.before(finalize_model_grads)
     megatron.no_sync_func = _one_or_list([model.no_sync for model in models])

@@ -1,8 +1,9 @@
 """metrics.jsonl, the source of truth of a run: one JSON object a line, written in the order of steps, floats exact.
 
-A training line has step, loss (nats per token), lr, grad_norm (null where `skipped`: the gradient was not finite and was dropped), tokens
-(cumulative), tokens_per_s, data_s (waiting for data), wall_s (cumulative seconds in steps) and time (Unix seconds). Evaluation and
-diagnostics lines have step and keys that begin with `eval/` or `memory/`, lines about updates keys that begin with `optim/`.
+A training line has step, loss (nats per token) and grad_norm (each null where it was not finite), lr, skipped (the update was dropped:
+docs/spikes.md), skips (such steps since the run began), tokens (cumulative), tokens_per_s, data_s (waiting for data), wall_s (cumulative
+seconds in steps) and time (Unix seconds). Evaluation and diagnostics lines have step and keys that begin with `eval/` or `memory/`, lines
+about updates keys that begin with `optim/`, those about slow ranks `stragglers/`.
 Python writes a float as the shortest text that reads back to the same bits, so two runs can be compared for equality.
 """
 

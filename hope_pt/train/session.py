@@ -29,6 +29,7 @@ from hope_pt.train.hooks.measure import MeasureHook
 from hope_pt.train.hooks.metrics import MetricsHook
 from hope_pt.train.hooks.progress import ProgressHook
 from hope_pt.train.hooks.status import StatusHook
+from hope_pt.train.hooks.stragglers import StragglersHook
 from hope_pt.train.loop import fit
 from hope_pt.train.start import load_start
 from hope_pt.train.state import Progress, capture, restore
@@ -52,7 +53,7 @@ def run(config: RunConfig, *, launch: engine.Launch | None = None, watch: Watch 
     USR1, USR2, TERM, and a file STOP in the run directory, end it at a step that all ranks agree on, after a checkpoint; a file SAVE only
     saves (`train.wishes`).
     Raises HopeError subclasses for the user's mistakes (other configuration or data than the run began with, a second writer, a full
-    disk) and DivergenceError when a value is not finite. `watch`, entered by the caller, tells every rank of the failure of one.
+    disk) and DivergenceError when too many steps had to be dropped. `watch`, entered by the caller, tells every rank of the failure of one.
     """
     launch = launch or engine.Launch()
     engine.check(config, launch=launch)
@@ -150,7 +151,7 @@ def _begin(config: RunConfig, *, directory: RunDirectory, progress: Progress, to
     checkpoint.set_aside_newer(directory.checkpoints, step=progress.step)
     # A run that starts from nothing measures its untrained model again, so not even lines of step 0 stay.
     metrics.truncate(directory.metrics, step=progress.step or -1)
-    kept = len(metrics.series(metrics.read(directory.metrics), key="loss")[0]) if directory.metrics.exists() else 0
+    kept = sum("loss" in record for record in metrics.read(directory.metrics)) if directory.metrics.exists() else 0
     if kept != progress.step:
         LOG.warning("%s has %d training lines before step %d; it was changed by hand or lost", directory.metrics, kept, progress.step + 1)
     directory.begin_session(config_text=to_toml(config), code=code_text(), tokenizer=tokenizer, step=progress.step)
@@ -185,6 +186,8 @@ def _hooks(job: _Job, *, trainer: engine.TrainEngine, sinks: list[Sink], saver: 
     config, plan, heldout = job.config, job.plan, job.heldout
     last, schedule, writer = config.train.steps, config.eval, plan.rank == 0
     hooks: list[Hook] = [MetricsHook(sinks), job.wishes, LevelsHook(lambda: trainer.optimizer.watched.measured, sinks=sinks)]
+    if schedule.stragglers_every and plan.world_size > 1:
+        hooks.append(StragglersHook(lambda: trainer.own_s, sinks=sinks, every=schedule.stragglers_every))
     if writer and config.data.source == "shards":
         measure = measures.baselines(config, train=job.train, heldout=heldout)
         when = {"at_start": True} if schedule.at_start else {"last_step": last}

@@ -12,9 +12,9 @@ class StepRecord:
     loss: float
     lr: float
     grad_norm: float
-    """Global gradient norm before clipping; not finite where `skipped`."""
+    """Global gradient norm before clipping."""
     skipped: bool
-    """The gradient was not finite, and the engine dropped it."""
+    """Loss or gradient were not finite, or a spike, and the engine dropped the update; elsewhere both are finite."""
     tokens: int
     """Tokens read since the run began, over all ranks."""
     tokens_per_s: float
@@ -23,6 +23,8 @@ class StepRecord:
     """Seconds this step waited for its batch."""
     wall_s: float
     """Seconds in steps since the run began, over all sessions."""
+    skips: int = 0
+    """Steps dropped since the run began."""
 
 
 class Hook:

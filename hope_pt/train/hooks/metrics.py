@@ -1,5 +1,6 @@
 """Writes one line a step to every sink: metrics.jsonl first, trackers after it."""
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -16,11 +17,12 @@ class MetricsHook(Hook):
     def after_step(self, record: StepRecord) -> None:
         """The training line of this step."""
         values: dict[str, Value] = {
-            "loss": record.loss,
+            # JSON has neither infinity nor NaN.
+            "loss": record.loss if math.isfinite(record.loss) else None,
             "lr": record.lr,
-            # JSON has no infinity.
-            "grad_norm": None if record.skipped else record.grad_norm,
+            "grad_norm": record.grad_norm if math.isfinite(record.grad_norm) else None,
             "skipped": record.skipped,
+            "skips": record.skips,
             "tokens": record.tokens,
             "tokens_per_s": record.tokens_per_s,
             "data_s": record.data_s,

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hope_pt import checkpoint
-from hope_pt.config.schema import CheckpointConfig
+from hope_pt.config.schema import CheckpointConfig, SkipConfig
 from hope_pt.engine.sharding import Shard
 from hope_pt.errors import DivergenceError
+from hope_pt.optim.spikes import SkipRule
 from hope_pt.report import metrics
 from hope_pt.report.metrics import MetricsFile
 from hope_pt.train.hooks.base import Hook, StepRecord
@@ -24,23 +25,36 @@ from hope_pt.train.wishes import Wishes
 @dataclass
 class Result:
     loss: float
+    grad_norm: float
+    skipped: bool
+    skips: int
+    diverged: str
     lr: float = 0.1
-    grad_norm: float = 2.0
-    skipped: bool = False
 
 
 class FakeEngine:
-    """Loss of step n is 1 / n, or what `losses` says."""
+    """Loss of step n is 1 / n, or what `losses` says; its gradient norm is 2, or what `norms` says. The rule for dropped steps is real."""
 
-    def __init__(self, *, done: int = 0, losses: dict[int, float] | None = None):
+    def __init__(
+        self,
+        *,
+        done: int = 0,
+        losses: dict[int, float] | None = None,
+        norms: dict[int, float] | None = None,
+        skip: SkipConfig | None = None,
+    ):
         self.num_steps_done = done
         self.batches = []
-        self._losses = losses or {}
+        self._losses, self._norms = losses or {}, norms or {}
+        self._skips = SkipRule(skip or SkipConfig())
 
     def step(self, batch) -> Result:
         self.batches.append(batch)
         self.num_steps_done += 1
-        return Result(loss=self._losses.get(self.num_steps_done, 1 / self.num_steps_done))
+        step = self.num_steps_done
+        loss, norm = self._losses.get(step, 1 / step), self._norms.get(step, 2.0)
+        verdict = self._skips.judge(loss=loss, norm=norm)
+        return Result(loss, norm, verdict.dropped, self._skips.skips, verdict.diverged)
 
     def capture(self, record: StepRecord):
         weight = float("inf") if record.step in self._losses and self._losses[record.step] < 0 else float(record.step)
@@ -82,29 +96,37 @@ def test_metrics_lines_have_the_agreed_keys_and_exact_floats(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(bad, tmp_path):
-    engine = FakeEngine(losses={4: bad})
+def test_losses_that_are_not_finite_are_recorded_and_three_in_a_row_stop_the_run(bad, tmp_path):
+    engine = FakeEngine(losses={3: bad, 5: bad, 6: bad, 7: bad})
     sink = MetricsFile(tmp_path / "metrics.jsonl")
     saving = saver(engine, tmp_path / "c", every=2, last_step=10, sinks=[sink])
-    with pytest.raises(DivergenceError, match="step 4: loss = (nan|inf).*lower optim.lr"):
+    with pytest.raises(DivergenceError, match="step 7: loss = (nan|inf), .*: 3 steps in a row were dropped .*lower optim.lr"):
         fit(engine, batches=iter(range(99)), num_steps=10, tokens_per_step=1, hooks=[MetricsHook([sink]), saving])
-    assert [record["step"] for record in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    assert checkpoint.load_newest(tmp_path / "c").step == 2
+    records = metrics.read(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6], "no hook sees the last one"
+    assert [record["skipped"] for record in records] == [False, False, True, False, True, True]
+    assert [record["skips"] for record in records] == [0, 0, 1, 1, 2, 3]
+    assert [record["loss"] is None for record in records] == [record["skipped"] for record in records]
 
 
-def test_one_dropped_gradient_is_recorded_and_three_in_a_row_stop_the_run(tmp_path):
-    class Dropping(FakeEngine):
-        def step(self, batch):
-            loss = super().step(batch).loss
-            dropped = self.num_steps_done in (2, 5, 6, 7)
-            return Result(loss=loss, grad_norm=math.inf if dropped else 1.0, skipped=dropped)
-
+def test_gradients_that_are_not_finite_are_recorded_and_too_many_of_the_window_stop_the_run(tmp_path):
+    engine = FakeEngine(norms=dict.fromkeys((2, 4, 6), math.inf), skip=SkipConfig(window=8, in_window=3))
     path = tmp_path / "m"
-    with pytest.raises(DivergenceError, match="step 7: .*grad_norm = inf"):
-        fit(Dropping(), batches=iter(range(99)), num_steps=10, tokens_per_step=1, hooks=[MetricsHook([MetricsFile(path)])])
+    with pytest.raises(DivergenceError, match="step 6: .*grad_norm = inf.*: 3 of the last 8 steps were dropped"):
+        fit(engine, batches=iter(range(99)), num_steps=10, tokens_per_step=1, hooks=[MetricsHook([MetricsFile(path)])])
     records = metrics.read(path)
-    assert [record["skipped"] for record in records] == [False, True, False, False, True, True]
-    assert records[1]["grad_norm"] is None
+    assert [record["skipped"] for record in records] == [False, True, False, True, False]
+    assert [record["grad_norm"] for record in records] == [2.0, None, 2.0, None, 2.0]
+    assert records[1]["loss"] == 1 / 2
+
+
+def test_a_spike_keeps_its_numbers_in_the_metrics(tmp_path):
+    engine = FakeEngine(norms={10: 50.0}, skip=SkipConfig(sigmas=6.0, window=8))
+    path = tmp_path / "m"
+    fit(engine, batches=iter(range(99)), num_steps=11, tokens_per_step=1, hooks=[MetricsHook([MetricsFile(path)])])
+    records = metrics.read(path)
+    assert [record["step"] for record in records if record["skipped"]] == [10]
+    assert records[9]["grad_norm"] == 50.0 and records[9]["loss"] == 1 / 10
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

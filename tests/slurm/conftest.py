@@ -1,205 +1,32 @@
 """A Slurm of three virtual nodes for the scenarios; they run with `make test-slurm`, not with the other tests."""
 
 import os
-import random
-import re
 import shutil
-import signal
-import socket
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-ONEBOX = ROOT / "tools" / "onebox_slurm"
+from tools.slurm_trials.cluster import ROOT, CannotStart, Cluster, Run, started
+
 TRAINER = ROOT / "tests" / "slurm" / "trainer.py"
-CANNOT = 77
-NODES = 3
-
-
-@dataclass
-class Cluster:
-    """A running cluster; `environment` is that of everything submitted to it."""
-
-    directory: Path
-    environment: dict[str, str] = field(default_factory=dict)
-
-    def run(self, *command: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-        """A Slurm command, from a directory that is not the repository."""
-        return subprocess.run(
-            [str(word) for word in command],
-            cwd=self.directory,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            check=check,
-            timeout=60,
-        )
-
-    def job(self, number: str) -> dict[str, str]:
-        """What scontrol says of a job, by key."""
-        said = self.run("scontrol", "show", "job", number).stdout
-        return dict(word.split("=", 1) for word in said.split() if "=" in word)
-
-    def queue(self) -> list[str]:
-        """Jobs that are not finished: pending, running, completing."""
-        return self.run("squeue", "--noheader", "--format=%i").stdout.split()
-
-    def node_states(self) -> dict[str, str]:
-        """State of every node."""
-        return dict(line.split() for line in self.run("sinfo", "-h", "-p", "low", "-N", "-o", "%N %t").stdout.splitlines())
-
-    def start_node(self, name: str) -> None:
-        """A new slurmd in place of one that a test killed, in namespaces of its own."""
-        mounts = 'mount --make-rprivate / && mount --bind "$1/etc/hosts" /etc/hosts'
-        script = mounts + ' && hostname "$2" && exec slurmd -N "$2" -f "$1/etc/slurm.conf"'
-        self.run("unshare", "-m", "-u", "bash", "-c", script, "onebox", self.directory, name)
-        self.run("scontrol", "update", f"NodeName={name}", "State=RESUME", check=False)
-        wait(lambda: self.node_states().get(name) == "idle", seconds=30, what=f"node {name} to be idle")
-
-    def start_controller(self) -> None:
-        """A new slurmctld in place of one that a test killed; it reads its state again."""
-        self.run("slurmctld", "-f", self.directory / "etc" / "slurm.conf")
-
-    def kill_daemon(self, name: str) -> None:
-        """kill -9 of slurmctld or slurmd.NODE."""
-        os.kill(int((self.directory / "run" / f"{name}.pid").read_text()), signal.SIGKILL)
-
-
-@dataclass
-class Run:
-    """One training run on the cluster, with the stand-in for the trainer unless `command` says otherwise."""
-
-    cluster: Cluster
-    path: Path
-    command: str = str(TRAINER)
-    root: Path = ROOT
-    jobs: list[str] = field(default_factory=list)
-
-    @property
-    def log(self) -> str:
-        """What all jobs of this run printed."""
-        return "".join(path.read_text(errors="replace") for path in sorted(self.path.parent.glob("job-*.log")))
-
-    @property
-    def attempts(self) -> list[str]:
-        """The run's record of attempts."""
-        record = self.path / "slurm" / "attempts"
-        return record.read_text().splitlines() if record.exists() else []
-
-    @property
-    def actions(self) -> list[str]:
-        """How the attempts ended."""
-        return [re.search(r"action=([\w-]+)", line).group(1) for line in self.attempts if line.startswith("end")]
-
-    def options(self, *, nodes: int = 2, tasks: int = 2) -> list[str]:
-        """Options of sbatch for a small job."""
-        shape = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--gres=gpu:{tasks}", "--cpus-per-task=1", "--mem=0"]
-        return [*shape, f"--output={self.path.parent}/job-%j.log"]
-
-    def submit(
-        self, *arguments: str, options: tuple[str, ...] = (), shape: dict | None = None, script: str = "hope_1p3b.sh", **environment: str
-    ) -> str:
-        """Submits and returns the job's number."""
-        place = [f"name={self.path.name}", f"out={self.path.parent}"]
-        settings = {"HOPE_COMMAND": self.command, "HOPE_PREFLIGHT": "0", "HOPE_CLUSTER": "onebox"} | environment
-        words = ["sbatch", "--parsable", *self.options(**(shape or {})), *options, ROOT / "slurm" / script, *arguments, *place]
-        number = self.cluster.run(*words, **settings).stdout.strip()
-        self.jobs.append(number)
-        return number
-
-    def wait(self, number: str, *, seconds: float = 60) -> str:
-        """Waits until the job has left the queue for good, and returns its last state."""
-        wait(lambda: number not in self.cluster.queue(), seconds=seconds, what=f"job {number} to end", shown=lambda: self.log)
-        return self.cluster.job(number)["JobState"]
-
-    def wait_for_queue(self, *, seconds: float = 60) -> None:
-        """Waits until the queue is empty."""
-        wait(lambda: not self.cluster.queue(), seconds=seconds, what="the queue to be empty", shown=lambda: self.log)
-
-    def wait_for_log(self, text: str, *, times: int = 1, seconds: float = 60) -> None:
-        """Waits until the jobs have printed `text`."""
-        wait(lambda: self.log.count(text) >= times, seconds=seconds, what=f"{text!r} x {times} in the log", shown=lambda: self.log)
-
-    def wait_for_step(self, step: int, *, seconds: float = 60) -> None:
-        """Waits until the metrics have this step."""
-        file = self.path / "metrics.jsonl"
-        wait(
-            lambda: file.exists() and f'"step": {step},' in file.read_text(),
-            seconds=seconds,
-            what=f"step {step}",
-            shown=lambda: self.log,
-        )
-
-    def processes(self) -> list[int]:
-        """Process ids of the trainers that run now."""
-        found = []
-        for status in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                environment = status.read_bytes()
-                command = (status.parent / "cmdline").read_bytes()
-            except OSError:
-                continue
-            ours = f"HOPE_RUN_DIR={self.path}\0".encode() in environment and b"SLURM_PROCID=" in environment
-            if ours and b"\0train\0" in command and b"task.sh" not in command and b"srun" not in command:
-                found.append(int(status.parent.name))
-        return sorted(found)
-
-
-def wait(condition: Callable[[], bool], *, seconds: float, what: str, shown: Callable[[], str] = lambda: "") -> None:
-    """Polls; fails with what was awaited."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            pytest.fail(f"waited {seconds} s for {what}\n{shown()}")
-        time.sleep(0.1)
-
-
-def free_port() -> int:
-    """First of a few free ports in a row, below those that outgoing connections take."""
-    while True:
-        port = random.randrange(7000, 16000)
-        if all(_is_free(port + offset) for offset in range(NODES + 1)):
-            return port
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     if os.environ.get("HOPE_TEST_SLURM") != "1":
         pytest.skip("a virtual Slurm cluster: run make test-slurm-short or make test-slurm")
-    directory = Path(tempfile.mkdtemp(prefix="hope-slurm-"))
-    started = subprocess.run(
-        [ONEBOX / "start.sh", "--dir", directory, "--nodes", str(NODES), "--port", str(free_port())], capture_output=True, text=True
-    )
-    if started.returncode == CANNOT:
-        directory.rmdir()
-        pytest.skip(started.stderr.strip())
-    assert started.returncode == 0, started.stderr
-    # Nothing of a surrounding job or run may reach the jobs of the tests.
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "HOPE_", "FAKE_"))}
-    made = Cluster(directory, kept | {"SLURM_CONF": str(directory / "etc" / "slurm.conf")})
-    try:
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(started(nodes=3))
+        except CannotStart as reason:
+            pytest.skip(str(reason))
         yield made
-    finally:
-        subprocess.run([ONEBOX / "stop.sh", "--dir", directory, "--remove"], timeout=90)
 
 
 @pytest.fixture
 def run(cluster, tmp_path) -> Iterator[Run]:
-    """A run without jobs; what is left of them is cancelled."""
-    made = Run(cluster, tmp_path / "run")
-    yield made
-    cluster.run("scancel", "--full", "--signal=KILL", "--state=RUNNING", "--user=root", check=False)
-    cluster.run("scancel", "--user=root", check=False)
-    wait(lambda: not cluster.queue(), seconds=60, what="the queue to be empty")
+    """A run without jobs, with the stand-in for the trainer; what is left of its jobs is cancelled."""
+    yield Run(cluster, tmp_path / "run", str(TRAINER))
+    cluster.clear()
     shutil.rmtree(tmp_path, ignore_errors=True)

@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
     --down-after) down_after=$2; shift 2 ;;    # seconds of silence after which a node is down
     --kill-wait) kill_wait=$2; shift 2 ;;      # seconds from SIGTERM to SIGKILL
     --grace) grace=$2; shift 2 ;;              # seconds that a preempted job has
-    --cred-expire) cred_expire=$2; shift 2 ;;  # a requeued job waits at least this long; sites have 120
+    --cred-expire) cred_expire=$2; shift 2 ;;  # a requeued job waits this long; sites have 120, and Slurm takes less than 5 for 120
     --shared) isolate=no; shift ;;
     *) echo "start.sh: unknown option $1; see the head of this file" >&2; exit 2 ;;
   esac
@@ -49,7 +49,7 @@ host=$(hostname -s)
 alive "$dir/run/munged.pid" || munged --force --key-file="$dir/munge/key" --socket="$dir/run/munge.socket" \
   --pid-file="$dir/run/munged.pid" --log-file="$dir/log/munged.log" --seed-file="$dir/munge/seed" --num-threads=2
 
-# --- configuration
+# --- configuration; the port of a job's rank 0 follows from the job's number, which must differ from that of another cluster here
 for ((i = 0; i < gpus; i++)); do [ -e "$dir/dev/gpu$i" ] || mknod "$dir/dev/gpu$i" c 1 3; done
 all="n[1-$nodes]"
 gres=; [ "$gpus" = 0 ] || gres="Gres=gpu:fake:$gpus"
@@ -58,6 +58,7 @@ gres=; [ "$gpus" = 0 ] || gres="Gres=gpu:fake:$gpus"
 ClusterName=onebox
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$port
+FirstJobId=$((port % 1000 + 1))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge

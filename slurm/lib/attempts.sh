@@ -6,10 +6,10 @@
 #
 # S is the last committed step. HOPE_RUN_DIR and HOPE_JOB are set; HOPE_LINEAGE is what belongs together: one job with its requeues, or one chain.
 
-# Last committed step of the run, 0 before the first.
+# Last committed step of the run, 0 before the first. The directory may be a link to another disk.
 hope_committed() {
   local last
-  last=$(find "$HOPE_RUN_DIR/checkpoints" -maxdepth 1 -type d -name 'step-[0-9]*' 2> /dev/null | sed 's/.*step-0*//' | sort -n | tail -1)
+  last=$(find "$HOPE_RUN_DIR/checkpoints/" -maxdepth 1 -type d -name 'step-[0-9]*' 2> /dev/null | sed 's/.*step-0*//' | sort -n | tail -1)
   echo "${last:-0}"
 }
 

@@ -85,6 +85,12 @@ def test_attempts_without_progress_are_counted(tmp_path, ends, committed, start,
     assert record(tmp_path, [*other, *lines], committed=committed, start=start).split() == [str(fruitless), str(committed), "1"]
 
 
+def test_checkpoints_on_another_disk_count(tmp_path):
+    (tmp_path / "disk" / "step-00000007").mkdir(parents=True)
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
+    assert bash(f". {LIB}/attempts.sh; hope_committed", HOPE_RUN_DIR=str(tmp_path)) == "7"
+
+
 def job(**values: str):
     return make_job(Path("hope_1p3b"), config="", options=[], arguments=[], cluster=Cluster("test", values))
 

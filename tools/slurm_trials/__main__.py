@@ -32,8 +32,7 @@ RESULTS = ROOT / "docs" / "results" / "slurm"
 def main() -> int:
     """Runs one kind of trial."""
     options = _parse()
-    # A trial that is stopped takes its cluster with it.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _end)
     about, began = environment(), time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="hope-trials-"))
     try:
@@ -57,6 +56,12 @@ def main() -> int:
         return 1
     shutil.rmtree(root)
     return 0
+
+
+def _end(number: int, frame: Any) -> None:
+    """A series that is stopped takes its cluster with it, undisturbed by a second signal."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _parse() -> argparse.Namespace:

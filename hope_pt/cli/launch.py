@@ -238,14 +238,14 @@ def _preflight(arguments: argparse.Namespace) -> None:
 
     launch, directory = launch_from_environment(), Path(arguments.run)
     verdict = preflight(launch, directory=directory, environment=os.environ)
-    if verdict is None:
+    named = directory / "slurm" / "bad-node"
+    # Rank 0 knows best; the others speak only where it is gone, and one is enough.
+    if verdict is None or (launch.rank and named.exists()):
         return
     print("\n".join(verdict.lines), flush=True)
     error: HopeError | None = None
     if verdict.bad:
-        named = directory / "slurm" / "bad-node"
-        # Rank 0 knows best; the others speak only where it is gone, and then all say the same.
-        if named.parent.is_dir() and (launch.rank == 0 or not named.exists()):
+        if named.parent.is_dir():
             named.write_text("".join(f"{node}\n" for node in sorted(verdict.bad)), encoding="utf-8")
         error = BadNodesError(f"preflight found bad nodes: {', '.join(sorted(verdict.bad))}")
     elif verdict.shared:

@@ -61,19 +61,27 @@ def probe(launch: Launch, *, report: dict, device: torch.device, seconds: float,
     """
     if launch.world_size == 1:
         return Probe({0: report})
-    first = launch.rank == 0
+    silent = f"rank 0 at {launch.master_addr}:{launch.master_port} does not answer within {seconds:.0f} s"
     try:
-        store = _connect(launch, serve=first, seconds=seconds)
-        if not first:
-            clock = _ask_the_time(store, launch.rank)
-            store.set(f"report/{launch.rank}", json.dumps({"report": report, "clock": [clock.ahead_s, clock.within_s]}))
-            nodes = json.loads(store.get("nodes"))
-            if nodes:
-                _follow(launch, store, nodes=nodes, device=device, network_s=network_s)
-            return None
+        store = _connect(launch, serve=launch.rank == 0, seconds=seconds)
     except RuntimeError as error:
-        raise ParallelError(f"rank 0 at {launch.master_addr}:{launch.master_port} does not answer within {seconds:.0f} s") from error
-    return _lead(launch, store, report=report, device=device, seconds=seconds, network_s=network_s)
+        raise ParallelError(silent) from error
+    if launch.rank == 0:
+        return _lead(launch, store, report=report, device=device, seconds=seconds, network_s=network_s)
+    # Rank 0 waits for others as long as we waited for it.
+    store.set_timeout(timedelta(seconds=seconds + 10.0))
+    try:
+        clock = _ask_the_time(store, launch.rank)
+        store.set(f"report/{launch.rank}", json.dumps({"report": report, "clock": [clock.ahead_s, clock.within_s]}))
+        nodes = json.loads(store.get("nodes"))
+        if nodes:
+            _follow(launch, store, nodes=nodes, device=device, network_s=network_s)
+    except dist.DistStoreError as error:
+        raise ParallelError(silent) from error
+    except dist.DistNetworkError:
+        # Rank 0 was there and is gone: it has its verdict, or has failed for all to see.
+        pass
+    return None
 
 
 def _lead(launch: Launch, store: dist.Store, *, report: dict, device: torch.device, seconds: float, network_s: float) -> Probe:

@@ -4,6 +4,7 @@ The result of `examine` is JSON: node, kind (device type of torch), gpus and exp
 run's directory, which the nodes usually share), kernel_log (whether it could be read), product_s.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -74,7 +75,8 @@ def disk_problems(directory: Path) -> list[str]:
     except OSError as error:
         return [f"{directory}: {error.strerror or error}"]
     finally:
-        probe_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe_file.unlink()
     problems = [f"{directory}: {free >> 20} MiB free"] if free < LEAST_FREE_BYTES else []
     # File systems without a fixed number of inodes say 0 of 0.
     if counts.f_files and counts.f_favail < LEAST_FREE_FILES:

@@ -1,19 +1,14 @@
-"""`hope launch` around a run, without a cluster: status from files, problems, sweeps as submitit's text, preflight."""
+"""`hope launch` around a run, without a cluster: status from files, problems, sweeps as submitit's text."""
 
 import json
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from hope_pt import cli
-from hope_pt.engine.probe import Probe
 from hope_pt.errors import ConfigError
 from hope_pt.launch import sweep
-from hope_pt.launch.preflight import judge
 from hope_pt.launch.watch import run_status
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,45 +112,3 @@ def test_data_preparation_is_a_job_too(capsys):
     pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hope-pt[slurm]'")
     assert cli.main(["launch", "data", "--print", "--", "tokenize", "--out", "x"]) == 0
     assert "# 0: hope-data tokenize --out x" in capsys.readouterr().out
-
-
-def reports(**slow: float) -> dict[int, dict]:
-    return {rank: {"node": f"n{rank // 2 + 1}", "problems": [], "product_s": slow.get(f"r{rank}", 0.010)} for rank in range(8)}
-
-
-def test_preflight_names_slow_missing_and_damaged_nodes():
-    hosts = ["n1", "n2", "n3", "n4"]
-    assert judge(Probe(reports(), [], 0.01), hosts=hosts, world_size=8, kind="cuda").bad == {}
-    assert list(judge(Probe(reports(r5=0.0125), [], 0.01), hosts=hosts, world_size=8, kind="cuda").bad) == ["n3"]
-    assert judge(Probe(reports(r5=0.0115), [], 0.01), hosts=hosts, world_size=8, kind="cuda").bad == {}
-    heard = {rank: report for rank, report in reports().items() if rank != 6}
-    assert "rank 6 does not reach rank 0" in judge(Probe(heard, [6], None), hosts=hosts, world_size=8, kind="cuda").bad["n4"][0]
-    damaged = reports()
-    damaged[2]["problems"] = ["GPU 1 has 3 uncorrected memory errors"]
-    assert list(judge(Probe(damaged, [], 0.01), hosts=hosts, world_size=8, kind="cuda").bad) == ["n2"]
-
-
-@pytest.mark.parametrize("present", [(0, 1, 2, 3), (0, 1, 2)], ids=["all", "one missing"])
-def test_preflight_in_four_processes(tmp_path, present):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (tmp_path / "slurm").mkdir()
-    program = (
-        "import sys; from hope_pt import cli; from hope_pt.launch import preflight; preflight.JOIN_S = 20.0;"
-        "preflight.SLOWER = {'cpu': 1e9}; sys.exit(cli.main(['launch', 'preflight', sys.argv[1]]))"
-    )
-    processes = []
-    for rank in present:
-        place = {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2), "SLURMD_NODENAME": f"n{rank // 2 + 1}"}
-        environment = place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOPE_HOSTS": "n1,n2", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", program, str(tmp_path)]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    texts = [process.communicate(timeout=100)[0] for process in processes]
-    codes = [process.returncode for process in processes]
-    if len(present) == 4:
-        assert codes == [0, 0, 0, 0] and "preflight: 4 of 4 ranks" in texts[0], texts
-        assert not (tmp_path / "slurm" / "bad-node").exists()
-    else:
-        assert codes == [3, 0, 0] and "node n2 is bad: rank 3 does not reach rank 0" in texts[0], texts
-        assert (tmp_path / "slurm" / "bad-node").read_text() == "n2\n"

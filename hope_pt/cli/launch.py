@@ -183,9 +183,11 @@ def _lines(found) -> str:
 
     left = "unknown" if found.eta_s is None else f"{int(found.eta_s // 3600)}:{int(found.eta_s % 3600 // 60):02d} h"
     lines = [
-        f"{found.name}: {found.state}, step {found.step} of {found.num_steps or 'unknown'}, {found.job or 'no job'}",
+        f"{found.name}: {found.state}{f' ({found.reason})' if found.reason else ''}, "
+        f"step {found.step} of {found.num_steps or 'unknown'}, {found.job or 'no job'}",
         f"  loss {shown(found.loss, '.4f')}, {shown(found.tokens_per_s, ',.0f')} tokens/s, MFU {shown(found.mfu, '.1%')}, time left {left}",
-        f"  last checkpoint: step {found.checkpoint}; restarts: {found.restarts}; last sign of life {shown(found.silent_s, '.0f')} s ago",
+        f"  last checkpoint: step {found.checkpoint}; attempt {found.attempt}, restarts: {found.restarts}; "
+        f"skipped steps: {found.skips}; last sign of life {shown(found.silent_s, '.0f')} s ago",
     ]
     return "\n".join(
         [*lines, *([f"  message: {found.message}"] if found.message else []), *([f"  PROBLEM: {found.problem}"] if found.problem else [])]

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import time
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 from hope_pt.errors import ConfigError
@@ -24,23 +25,29 @@ _TAIL_BYTES = 1 << 18
 class RunStatus:
     """state: of status.json, with "starting" and "dead" for what a file cannot say of itself. eta_s: seconds to the last step.
 
-    silent_s: seconds since the last sign of life. job: id and state in the queue. restarts: attempts after the first. mfu: share of the
-    GPUs' bf16 rate, where the run's GPUs are known. problem: what a person should look at, empty if nothing.
+    reason: who asked a stopped run to stop (usr1, usr2, term, stop). attempt: how often a job has started the run, counting this time.
+    skips: steps dropped since the run began. silent_s: seconds since the last sign of life. job: id and state in the queue. restarts:
+    attempts after the first. mfu: share of the GPUs' bf16 rate, where the run's GPUs are known. hang: first line of the watchdog's report,
+    where this attempt has one. problem: what a person should look at, empty if nothing.
     """
 
     name: str
     state: str
+    reason: str
+    attempt: int
     step: int
     num_steps: int
     loss: float | None
     tokens_per_s: float | None
     mfu: float | None
     eta_s: float | None
+    skips: int
     checkpoint: int
     restarts: int
     job: str
     silent_s: float | None
     message: str
+    hang: str
     problem: str
 
     def as_dict(self) -> dict:
@@ -60,7 +67,8 @@ def run_status(path: Path, *, stall_s: float = 1800.0, flops_rate: float | None 
     said, lines = read_status(path), recent_lines(path / "metrics.jsonl")
     last = lines[-1] if lines else {}
     attempts = read_attempts(path)
-    owner = owner_state(path)
+    owner, hang = owner_state(path), hang_report(path, attempts=attempts, last_step_at=last.get("time", 0.0))
+    starts = sum(one["what"] == "start" for one in attempts)
     step, num_steps = max(last.get("step", 0), said.get("step", 0)), said.get("num_steps", 0)
     speeds = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]
     speed = statistics.median(speeds) if speeds else None
@@ -71,22 +79,29 @@ def run_status(path: Path, *, stall_s: float = 1800.0, flops_rate: float | None 
     return RunStatus(
         name=path.name,
         state=state,
+        reason=said.get("reason", ""),
+        attempt=max(said.get("attempt", 0), starts),
         step=step,
         num_steps=num_steps,
         loss=last.get("loss"),
         tokens_per_s=speed,
         mfu=speed * flops_rate if speed and flops_rate else None,
         eta_s=seconds * max(num_steps - step, 0) if seconds and num_steps else None,
-        checkpoint=committed_step(path),
-        restarts=max(sum(one["what"] == "start" for one in attempts) - 1, 0),
+        skips=last.get("skips", 0),
+        # A run whose checkpoints lie elsewhere says its last one in status.json only.
+        checkpoint=max(committed_step(path), said.get("checkpoint", 0)),
+        restarts=max(starts - 1, 0),
         job=owner,
         silent_s=silent,
         message=said.get("message", ""),
-        problem=_problem(state, attempts=attempts, owner=owner, silent=silent, stall_s=stall_s),
+        hang=hang,
+        problem=_problem(state, attempts=attempts, owner=owner, silent=silent, stall_s=stall_s, hang=hang),
     )
 
 
-def _problem(state: str, *, attempts: list[dict[str, str]], owner: str, silent: float | None, stall_s: float) -> str:
+def _problem(state: str, *, attempts: list[dict[str, str]], owner: str, silent: float | None, stall_s: float, hang: str) -> str:
+    if hang:
+        return hang
     ends = [one for one in attempts if one["what"] == "end"]
     if ends and ends[-1].get("action") in ("give-up", "never", "user") and attempts[-1] is ends[-1]:
         return f"the last attempt ended with {ends[-1]['action']!r}: it will not start again by itself"
@@ -143,6 +158,22 @@ def read_attempts(path: Path) -> list[dict[str, str]]:
         if len(words) > 2 and words[0] in ("start", "end"):
             found.append({"what": words[0], "attempt": words[1], **dict(word.split("=", 1) for word in words[2:] if "=" in word)})
     return found
+
+
+def hang_report(path: Path, *, attempts: list[dict[str, str]], last_step_at: float) -> str:
+    """What the watchdog says of a hang of this attempt, without its time; empty if there is none, or only one of an earlier attempt.
+
+    A run without a batch job has no record of attempts; there a step after the hang is the sign of a new one.
+    """
+    file = path / "logs" / "hang.txt"
+    starts = [one["time"] for one in attempts if one["what"] == "start" and "time" in one]
+    try:
+        since = datetime.fromisoformat(starts[-1]).timestamp() if starts else last_step_at
+        if file.stat().st_mtime < since:
+            return ""
+        return file.read_text(encoding="utf-8").partition("\n")[0].partition("  ")[2]
+    except (OSError, ValueError):
+        return ""
 
 
 def committed_step(path: Path) -> int:

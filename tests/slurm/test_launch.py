@@ -1,6 +1,7 @@
 """`hope launch` around a run, without a cluster: status from files, problems, sweeps as submitit's text."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_the_status_of_a_run(tmp_path, capsys):
         "big: running, step 40 of 100",
         "loss 3.6000, 1,000 tokens/s",
         "time left 0:02 h",
-        "last checkpoint: step 32; restarts: 1",
+        "last checkpoint: step 32; attempt 2, restarts: 1; skipped steps: 0",
     ):
         assert expected in text
     assert cli.main(["launch", "status", str(path), "--json"]) == 0
@@ -63,6 +64,33 @@ def test_a_watcher_names_the_problem(tmp_path, change, said, capsys, monkeypatch
     assert said in run_status(path).problem and bool(said) == bool(run_status(path).problem)
     assert cli.main(["launch", "watch", str(path), "--once"]) == (2 if said else 0)
     assert said in capsys.readouterr().err
+
+
+def test_a_status_says_who_stopped_it_and_what_was_skipped(tmp_path, capsys):
+    path = make_run(tmp_path / "run")
+    said = {"state": "stopped", "reason": "usr1", "checkpoint": 38, "attempt": 3, "step": 41, "num_steps": 100, "time": time.time()}
+    (path / "status.json").write_text(json.dumps(said))
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"step": 41, "loss": 3.5, "time": time.time(), "skipped": True, "skips": 7}) + "\n")
+    found = run_status(path)
+    assert (found.reason, found.attempt, found.checkpoint, found.skips, found.problem) == ("usr1", 3, 38, 7, "")
+    assert cli.main(["launch", "status", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "run: stopped (usr1), step 41 of 100" in text and "last checkpoint: step 38; attempt 3" in text and "skipped steps: 7" in text
+
+
+@pytest.mark.parametrize(("age", "shown"), [(0.0, True), (3600.0, False)], ids=["this attempt", "an earlier one"])
+@pytest.mark.parametrize("batch", [True, False])
+def test_a_hang_is_shown_in_the_attempt_that_hung(tmp_path, monkeypatch, age, shown, batch):
+    monkeypatch.setenv("PATH", "/bin-without-slurm")
+    start = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 600))
+    path = make_run(tmp_path / "run", attempts=(f"start 1 job=7.0 step=0 time={start}",) if batch else (), age=60)
+    (path / "logs").mkdir()
+    hang = path / "logs" / "hang.txt"
+    hang.write_text("2026-11-21 18:00:00  rank 3 on n2 hangs: step 41, asleep for 90 s\n\nrank 0: waits\n")
+    os.utime(hang, (time.time() - age, time.time() - age))
+    found = run_status(path)
+    assert found.problem == found.hang == ("rank 3 on n2 hangs: step 41, asleep for 90 s" if shown else "")
 
 
 def test_a_missing_run_is_a_mistake(tmp_path):

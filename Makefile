@@ -132,6 +132,10 @@ kill-trials: $(VENV)/.stamp-base data ## kill -9 the trainer at random moments; 
 failure-trials: $(VENV)/.stamp-base ## kill, stop or break one rank of real jobs in every phase; all must end within 30 s and name it
 	$(BIN)/python -W ignore -m tools.failure_trials --out tools/bench/results/failure_trials.json
 
+.PHONY: hang-trials
+hang-trials: $(VENV)/.stamp-base ## let one rank of real jobs hang in every phase; all must end soon after the limit, with stacks and a culprit
+	$(BIN)/python -W ignore -m tools.hang_trials --out tools/bench/results/hang_trials.json
+
 .PHONY: checkpoint-faults
 checkpoint-faults: $(VENV)/.stamp-base ## 200 faults against checkpoints of two ranks, and against plain torch.distributed.checkpoint
 	$(BIN)/python -W ignore -m tools.checkpoint_faults --out tools/bench/results/checkpoint_faults.json
@@ -147,7 +151,7 @@ test-slurm: $(VENV)/.stamp-slurm ## every scenario on a real Slurm of virtual no
 
 .PHONY: test-slurm-short
 test-slurm-short: $(VENV)/.stamp-slurm ## the short lane of the same, a few minutes
-	HOPE_TEST_SLURM=1 $(BIN)/python -m pytest -m "not slow" $(addprefix tests/slurm/test_,protocol.py training.py launch_cluster.py) $(PYTEST_ARGS)
+	HOPE_TEST_SLURM=1 $(BIN)/python -m pytest -m "not slow" $(addprefix tests/slurm/test_,protocol.py training.py kills.py launch_cluster.py) $(PYTEST_ARGS)
 
 .PHONY: slurm-trials
 slurm-trials: $(VENV)/.stamp-slurm ## 100 kills, 20 full disks, 4 -> 2 -> 8 ranks, stops and hangs of the real trainer there; an idle machine, 1 h; docs/results/slurm

@@ -20,8 +20,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,19 @@ def plan(which: str, *, seed: int) -> list[Trial]:
     return trials + [Trial(ANY, "kill", 0, 2, exec=True), Trial(ANY, "kill", 1, 2, exec=True), Trial(ANY, "stop", 1, 2, exec=True)]
 
 
-def _at_call(target: str, nth: int, fault: Callable[[], None]) -> None:
-    """Replaces the function `module:path` so that `fault` precedes its n-th call."""
+def attribute(target: str) -> tuple[Any, str]:
+    """Owner and name of the function `module:path`, to be replaced."""
     module, _, path = target.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
-    for attribute in owners:
-        owner = getattr(owner, attribute)
+    for part in owners:
+        owner = getattr(owner, part)
+    return owner, name
+
+
+def _at_call(target: str, nth: int, fault: Callable[[], None]) -> None:
+    """Replaces the function `module:path` so that `fault` precedes its n-th call."""
+    owner, name = attribute(target)
     original, calls = getattr(owner, name), itertools.count(1)
 
     def replaced(*args: Any, **kwargs: Any) -> Any:
@@ -157,7 +164,7 @@ def _at_call(target: str, nth: int, fault: Callable[[], None]) -> None:
 class Job:
     """The ranks of one trial, from their start to the end of the last one."""
 
-    def __init__(self, trial: Trial, *, root: Path, delay: float):
+    def __init__(self, trial: Trial, *, root: Path, delay: float = 0.0):
         self.trial, self.root, self.delay = trial, root, delay
         self.codes: list[int | None] = [None] * trial.world_size
         self.started = time.time()
@@ -183,13 +190,7 @@ class Job:
 
     def outcome(self) -> Outcome:
         """The judgement; what is left of the job is killed."""
-        orphans = self._orphans()
-        for process in orphans:
-            process.kill()
-        for rank, process in enumerate(self.ranks):
-            if self.codes[rank] is None:
-                os.kill(process, signal.SIGKILL)
-                os.waitpid(process, 0)
+        orphans = self.clear()
         trial, fault = self.trial, self.root / "fault"
         others = [rank for rank in range(trial.world_size) if rank != trial.rank]
         lines = [self._lines(rank) for rank in others]
@@ -203,9 +204,20 @@ class Job:
             named=all(len(found) == 1 and name in found[0] and said in found[0] for found in lines),
             exit_codes=self.codes,
             codes_right=self.codes == [own if rank == trial.rank else code for rank in range(trial.world_size)],
-            orphans=len(orphans),
+            orphans=orphans,
             line=lines[0][0] if lines[0] else "",
         )
+
+    def clear(self) -> int:
+        """Kills what is left; how many processes of ranks that have ended that were."""
+        orphans = self._orphans()
+        for process in orphans:
+            process.kill()
+        for rank, process in enumerate(self.ranks):
+            if self.codes[rank] is None:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+        return len(orphans)
 
     def _start(self, rank: int, *, port: int) -> int:
         child = os.fork()
@@ -222,8 +234,7 @@ class Job:
             os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"})
             if rank == self.trial.rank:
                 self._arm()
-            overrides = PHASES[self.trial.phase][2] if self.trial.phase in PHASES else ()
-            arguments = ["train", str(self.root / "run.toml"), f"out={self.root}", *overrides]
+            arguments = ["train", str(self.root / "run.toml"), f"out={self.root}", *self._overrides()]
             if self.trial.exec:
                 os.execv(sys.executable, [sys.executable, "-m", "hope_pt", *arguments])
             code = cli.main(arguments)
@@ -232,6 +243,9 @@ class Job:
         finally:
             sys.stderr.flush()
             os._exit(code)
+
+    def _overrides(self) -> tuple[str, ...]:
+        return PHASES[self.trial.phase][2] if self.trial.phase in PHASES else ()
 
     def _arm(self) -> None:
         """In the chosen rank: the fault happens now, or at the n-th call of the phase's function."""
@@ -293,7 +307,9 @@ def main() -> int:
     trials = [trial for trial in plan(options.trials, seed=options.seed) if options.only in str(trial)]
     with tempfile.TemporaryDirectory(prefix="hope-failure-") as name:
         began = time.monotonic()
-        outcomes = run(trials, root=Path(name), parallel=options.parallel, seed=options.seed)
+        draw = random.Random(options.seed)
+        jobs = [partial(Job, trial, delay=draw.uniform(0.0, 3.0)) for trial in trials]
+        outcomes = run(jobs, root=Path(name), parallel=options.parallel)
         result = summary(outcomes, parallel=options.parallel, seconds=round(time.monotonic() - began, 1))
     print(json.dumps({key: value for key, value in result.items() if key != "trials"}))
     result = {"environment": where, **result}
@@ -302,22 +318,21 @@ def main() -> int:
     return 0 if result["passed"] == len(outcomes) else 1
 
 
-def run(trials: list[Trial], *, root: Path, parallel: int, seed: int) -> list[Outcome]:
-    """The outcomes, in the order in which the jobs ended."""
-    draw = random.Random(seed)
-    waiting = [(index, trial, draw.uniform(0.0, 3.0)) for index, trial in enumerate(trials)]
+def run(jobs: Sequence[Callable[..., Job]], *, root: Path, parallel: int) -> list[Outcome]:
+    """The outcomes, in the order in which the jobs ended; each is started in a folder of its own."""
+    waiting = list(enumerate(jobs))
     active: list[Job] = []
     outcomes: list[Outcome] = []
     while waiting or active:
         while waiting and len(active) < parallel:
-            index, trial, delay = waiting.pop(0)
-            active.append(Job(trial, root=root / str(index), delay=delay))
+            index, start = waiting.pop(0)
+            active.append(start(root=root / str(index)))
         for job in [job for job in active if job.is_over()]:
             active.remove(job)
             outcomes.append(job.outcome())
             print(f"{'passed' if outcomes[-1].passed else 'FAILED'}  {outcomes[-1]}", flush=True)
             if not outcomes[-1].passed:
-                for log in sorted(job.root.glob("rank-*.log")):
+                for log in sorted([*job.root.glob("rank-*.log"), *job.root.glob("run/logs/hang.txt")]):
                     print(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}", flush=True)
         time.sleep(0.02)
     return outcomes

@@ -150,9 +150,10 @@ def _apart_from_the_majority(reports: Mapping[int, Report]) -> list[int]:
 def verdict_text(reports: Mapping[int, Report | None], *, named: list[int], names: Mapping[int, str], file: str) -> str:
     """One line: who hangs, where and for how long. names: of the ranks, for people; file: what to read next."""
     if not named:
-        oldest = max((report for report in reports.values() if report is not None), key=lambda report: report.seconds)
-        same = len({(report.step, report.place) for report in reports.values() if report}) == 1
-        text = f"all ranks wait for each other, {'at the same place' if same else 'at different places'}: {oldest}"
+        # Of the ranks at one spot, the first speaks for all.
+        spots = {(report.step, report.phase, report.place): rank for rank, report in sorted(reports.items(), reverse=True) if report}
+        text = f"all ranks wait for each other, at {'the same place' if len(spots) == 1 else f'{len(spots)} places'}: "
+        text += "; ".join(f"{names[rank]} {reports[rank]}" for rank in sorted(spots.values())[:_NAMED])
     else:
         first = reports[named[0]]
         which = "; ".join(names[rank] for rank in named[:_NAMED]) + (f" and {len(named) - _NAMED} others" if len(named) > _NAMED else "")

@@ -44,7 +44,7 @@ class Limits:
 class Verdict:
     """Which rank ended the job: one line, the exit code of the others, and for a stopped rank its process, to be killed on its machine.
 
-    hang: the stacks of the ranks tell more. If all ranks wait for each other, `rank` is the first one.
+    hang: its main thread does not get on; if all ranks wait for each other, `rank` is the first one. stacks: the others leave theirs.
     """
 
     rank: int
@@ -53,6 +53,7 @@ class Verdict:
     home: str = ""
     pid: int = 0
     hang: bool = False
+    stacks: bool = False
 
 
 class Link:
@@ -289,7 +290,7 @@ class Hub:
         if stopped and self.logs:
             text = f"{text}; {self._see()}"
             self._tabulate(text, {other: None if other == rank else self._members[other].report for other in sorted(self._unfinished)})
-        self._pass(Verdict(rank, text, code, *self._process(rank, stopped=stopped), hang=stopped))
+        self._pass(Verdict(rank, text, code, *self._process(rank, stopped=stopped), stacks=stopped))
 
     def _process(self, rank: int, *, stopped: bool) -> tuple[str, int]:
         """Home and number of a process that cannot end itself."""

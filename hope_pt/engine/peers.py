@@ -68,7 +68,6 @@ class Watch:
         self._own_failure = ""
         self._watchdog = WatchdogConfig()
         self._observer = Observer(self.phases, beat_s=self._limits.beat_s)
-        self._stacks_written = False
         self._left = threading.Event()
         self._logs: Path | None = None
         self._reporting = contextlib.ExitStack()
@@ -197,7 +196,7 @@ class Watch:
                     self._link.send(written=True)
             if silence.seconds > limits.silent_s:
                 text = f"{first} has been silent for {limits.silent_s:.0f} s (stopped, its host lost, or its interpreter blocked)"
-                return self._end(Verdict(0, text, home=self._hub_home, pid=self._hub_pid, hang=True))
+                return self._end(Verdict(0, text, home=self._hub_home, pid=self._hub_pid, stacks=True))
 
     def _watch_alone(self) -> None:
         """Body of the only thread of a job of one process."""
@@ -206,16 +205,15 @@ class Watch:
             if report.expired:
                 file = f"stacks: {self._logs / _STACKS.format(0)}" if self._logs else ""
                 names = {0: rank_name(0, 1, socket.gethostname())}
-                return self._end(Verdict(0, verdict_text({0: report}, named=[0], names=names, file=file), hang=True))
+                return self._end(Verdict(0, verdict_text({0: report}, named=[0], names=names, file=file), hang=True, stacks=True))
 
     def _write_stacks(self, logs: Path | None) -> None:
-        self._stacks_written = True
         title = f"rank {self._launch.rank} of {self._launch.world_size}: {self._observer.look(self._watchdog)}"
         write_within(self._limits.answer_s, logs / _STACKS.format(self._launch.rank) if logs else None, lambda: stacks(title))
 
     def _end(self, verdict: Verdict) -> None:
         """Lets the main thread end the process with the verdict; if it does not, ends it."""
-        if verdict.hang and not self._stacks_written:
+        if verdict.stacks:
             self._write_stacks(self._logs)
         # Two machines whose home cannot be told have the same empty one: what is no home of ours must not be killed.
         if verdict.pid and verdict.home and verdict.home == home() and verdict.rank != self._launch.rank:

@@ -4,9 +4,12 @@ Whole runs of training are in `tools/failure_trials.py`.
 """
 
 import datetime
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -26,6 +29,7 @@ from hope_pt.errors import HopeError
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
 
+ROOT = Path(__file__).parents[2]
 BEAT_S = 0.25
 LIMITS = Limits(beat_s=BEAT_S, silent_s=4.0, unwind_s=1.0, answer_s=1.5)
 STEP_S = 2
@@ -147,9 +151,9 @@ def test_a_rank_past_a_collective_is_named_by_a_majority_and_shown_without_one(t
 
     ended = Job(tmp_path, lambda rank, watch: steps(watch, rank, at_step_3=at_step_3), world_size=world_size).end()
     assert ended.codes == [1] * world_size
-    name = f"rank 1 of 3 ({HOST}) hangs" if world_size == 3 else "all ranks wait for each other, at different places"
-    assert ended.verdict.startswith(f"{name}: {STEP_S} s in phase step after step 3, in ")
-    assert world_size == 2 or "in example.elsewhere, line " in ended.verdict
+    name = f"rank 1 of 3 ({HOST}) hangs:" if world_size == 3 else f"all ranks wait for each other, at 2 places: rank 0 of 2 ({HOST})"
+    assert ended.verdict.startswith(f"{name} {STEP_S} s in phase step after step 3, in ")
+    assert "in example.elsewhere, line " in ended.verdict
     assert "in barrier" in ended.written["hang-rank-1.txt"][1] and "in all_true" in ended.written["hang-rank-0.txt"][1]
 
 
@@ -288,3 +292,25 @@ def test_a_disk_that_does_not_answer_holds_up_neither_the_verdict_nor_the_end(tm
     codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in job.ranks]
     assert codes == [1, 1] and time.time() - job.began < 20.0
     assert Path(tmp_path / "rank-0.log").read_text().startswith(f"hope: rank 1 of 2 ({HOST}) hangs: ")
+
+
+@pytest.mark.timeout(130)
+def test_training_whose_reader_of_data_is_stuck_ends_with_the_rank_and_the_place_named(tmp_path):
+    out = tmp_path / "result.json"
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tools.hang_trials",
+        "--only",
+        "a reader of data",
+        "--only",
+        "world_size=2",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads(out.read_text())["trials"]
+    assert found["culprit"] == "right" and "in data.loader._Workers.get, line " in found["line"] and found["stacks"] == [0, 1]

@@ -70,13 +70,14 @@ def test_the_line_of_a_hang_names_rank_phase_place_seconds_and_file():
     assert many == f"r0; r1; r2; r3; r4; r5; r6; r7 and 4 others hang: {place}"
 
 
-def test_the_line_of_a_hang_without_a_culprit():
+def test_the_line_of_a_hang_without_a_culprit_has_every_place():
     place = "300 s in phase step after step 7, in engine.step.f, line 5 for 299 s"
-    assert (
-        verdict_text({0: WAITS, 1: WAITS}, named=[], names=NAMES, file="") == f"all ranks wait for each other, at the same place: {place}"
-    )
-    apart = {0: WAITS, 1: replace(WAITS, place="engine.step.g, line 8", seconds=299)}
-    assert verdict_text(apart, named=[], names=NAMES, file="") == f"all ranks wait for each other, at different places: {place}"
+    same = verdict_text({0: WAITS, 1: WAITS}, named=[], names=NAMES, file="")
+    assert same == f"all ranks wait for each other, at the same place: {NAMES[0]} {place}"
+    further = replace(WAITS, step=8, seconds=20)
+    other = "20 s in phase step after step 8, in engine.step.f, line 5 for 299 s"
+    apart = verdict_text({0: WAITS, 1: further, 2: WAITS, 3: further}, named=[], names=NAMES, file="see")
+    assert apart == f"all ranks wait for each other, at 2 places: {NAMES[0]} {place}; {NAMES[1]} {other}; see"
 
 
 def test_the_table_has_a_line_for_every_rank():

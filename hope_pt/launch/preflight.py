@@ -20,7 +20,7 @@ from hope_pt.launch.health import examine
 
 JOIN_S = 40.0
 NETWORK_S = 15.0
-GRACE_S = 5.0
+GRACE_S = 12.0
 """Seconds after which ranks that cannot reach rank 0 may blame it; where it lives, it has named them by then and Slurm has ended them."""
 CLOCK_S = 3.0
 SLOWER = {"cuda": 1.2, "cpu": 8.0}
@@ -53,7 +53,7 @@ def preflight(launch: Launch, *, directory: Path, environment: Mapping[str, str]
     hosts = [host for host in environment.get("HOPE_HOSTS", "").split(",") if host]
     report = examine(device, directory=directory, first=launch.local_rank == 0, environment=environment)
     try:
-        found = probe(launch, report=report, device=device, seconds=max(end - time.monotonic(), GRACE_S), network_s=NETWORK_S)
+        found = probe(launch, report=report, device=device, seconds=max(end - time.monotonic(), 5.0), network_s=NETWORK_S)
     except ParallelError as error:
         time.sleep(GRACE_S)
         return first_rank_is_gone(launch, hosts=hosts, reason=str(error))

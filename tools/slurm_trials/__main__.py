@@ -46,7 +46,7 @@ def main() -> int:
     except CannotStart as reason:
         print(reason, file=sys.stderr)
         return CANNOT
-    settings = {key: value for key, value in vars(options).items() if key not in ("trials", "name")}
+    settings = {key: value for key, value in vars(options).items() if key not in ("trials", "name", "steps")}
     result = {"environment": about, "settings": settings, "seconds": round(time.monotonic() - began, 1), **result}
     print(json.dumps(result, indent=1))
     if options.name:

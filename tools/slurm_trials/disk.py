@@ -72,7 +72,7 @@ def _fill_once(bench: Bench, run: Run, *, draw: random.Random, asynchronous: boo
         left = len(list(folder.glob(".tmp-*")))
         newest = checkpoint.load_newest(folder)
         kept = max(_steps(folder))
-    sentences = [line for line in log.splitlines() if _SENTENCE in line]
+    sentences = [line.partition("hope: ")[2].replace(str(run.path), "RUN") for line in log.splitlines() if _SENTENCE in line]
     wrong = []
     if state == "COMPLETED":
         wrong.append("the disk did not stop the run")
@@ -84,7 +84,7 @@ def _fill_once(bench: Bench, run: Run, *, draw: random.Random, asynchronous: boo
         wrong.append(f"{left} temporary directories are left")
     last = max(record["step"] for record in records(run))
     seen = {"free_part": round(part, 3), "asynchronous": asynchronous, "kept_step": kept, "last_step": last, "state": state}
-    return {**seen, "action": run.actions[-1], "sentence": sentences[0].strip() if sentences else "", "wrong": wrong}
+    return {**seen, "action": run.actions[-1], "sentence": sentences[0] if sentences else "", "wrong": wrong}
 
 
 @contextlib.contextmanager

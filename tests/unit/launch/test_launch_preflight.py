@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hope_pt import cli
 from hope_pt.engine.launch import Launch
 from hope_pt.engine.probe import LOCAL_ROUNDS, NODE_ROUNDS, Clock, Probe, matchings, schedule
-from hope_pt.launch import health
+from hope_pt.launch import health, preflight
 from hope_pt.launch.preflight import Verdict, first_rank_is_gone, judge
 
 NODES = ["n1", "n2", "n3", "n4"]
@@ -258,6 +259,37 @@ def test_a_disk_of_this_machine_is_well_and_one_that_is_a_file_is_not(tmp_path):
     assert health.disk_problems(tmp_path / "new") == [] and list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").touch()
     assert health.disk_problems(tmp_path / "file") == [f"{tmp_path}/file: File exists"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code", "said", "named"),
+    [
+        (Verdict(["fine"]), 0, "", None),
+        (Verdict(["x"], bad={"n2": ["slow"], "n1": ["slow"]}), 3, "bad nodes: n1, n2", "n1\nn2\n"),
+        (Verdict(["x"], shared=["/runs: 3 MiB free"]), 2, "no node can write the run: /runs: 3 MiB free; make room", None),
+        (Verdict(["x"], shared=["/runs: full"], bad={"n1": ["slow"]}), 3, "bad nodes: n1", "n1\n"),
+    ],
+)
+def test_the_exit_code_tells_a_bad_node_from_a_persons_business(tmp_path, monkeypatch, capsys, verdict, code, said, named):
+    """slurm/lib/run.sh requeues without the nodes of slurm/bad-node after 3, and never after 2."""
+    (tmp_path / "slurm").mkdir()
+    monkeypatch.setattr(preflight, "preflight", lambda launch, **options: verdict)
+    monkeypatch.setattr("hope_pt.cli.launcher.launch_from_environment", Launch)
+    assert cli.main(["launch", "preflight", str(tmp_path)]) == code
+    printed = capsys.readouterr()
+    assert said in printed.err and verdict.lines[0] in printed.out
+    file = tmp_path / "slurm" / "bad-node"
+    assert (file.read_text() if file.exists() else None) == named
+
+
+def test_a_hang_in_the_network_without_a_name_is_a_failed_attempt(tmp_path, monkeypatch, capsys):
+    """The process leaves at once: one of its threads may be inside a collective."""
+    codes = []
+    monkeypatch.setattr(preflight, "preflight", lambda launch, **options: Verdict(["x"], stuck=True))
+    monkeypatch.setattr("hope_pt.cli.launcher.launch_from_environment", Launch)
+    monkeypatch.setattr("hope_pt.cli.launch.os._exit", codes.append)
+    assert cli.main(["launch", "preflight", str(tmp_path)]) == 1
+    assert codes == [1] and "did not come through the network's test" in capsys.readouterr().err
 
 
 PROCESSES = {

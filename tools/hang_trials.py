@@ -33,13 +33,13 @@ from typing import Any
 from hope_pt.engine.hub import Limits
 from hope_pt.engine.phases import Phases
 from tools.bench.common import environment
-from tools.failure_trials import Job, Outcome, Trial, attribute, run
+from tools.failure_trials import START_S, Job, Outcome, Trial, attribute, run
 
 DETECTED_S = 5.0
-LIMITS_S = {"setup": 60, "first_step": 60, "step": 5, "checkpoint": 5, "evaluation": 8, "close": 5}
+LIMITS_S = {"setup": 300, "first_step": 120, "step": 10, "checkpoint": 10, "evaluation": 20, "close": 10}
 """What the jobs allow their phases; those that no trial hangs in have time on a busy machine."""
 WATCHDOG = tuple(f"watchdog.{name}_s={limit}" for name, limit in LIMITS_S.items() if name != "close") + ("watchdog.step_factor=0",)
-SETUP_S = 30
+SETUP_S = 60
 NO_EVALUATION = ("eval.at_start=false", "eval.every=0", "eval.diagnostics_every=0")
 
 
@@ -156,7 +156,7 @@ class HangJob(Job):
         return over
 
     def _give_up(self) -> float:
-        return super()._give_up() + limit_s(self.trial)
+        return super()._give_up() + (limit_s(self.trial) if (self.root / "fault").exists() else START_S)
 
     def _verdict_time(self) -> float | None:
         """When the table of the hang was written, or where rank 0, which writes it, has been stopped, the stacks of a survivor."""

@@ -30,8 +30,8 @@ _WAITING = (
 )
 """Modules whose functions wait for other ranks, directly or through a handle."""
 _WAITING_DEPTH = 20
-_NOT_A_PLACE = ("hope_pt.engine.collectives", "hope_pt.engine.peers", "hope_pt.engine.hub", __name__)
-"""Where everybody waits for the others: what called it says more."""
+_NOT_A_PLACE = ("hope_pt.engine.collectives", "hope_pt.engine.peers", "hope_pt.engine.hub", "hope_pt.engine.stopwatch", __name__)
+"""Where everybody waits for the others, or passes through: what called it says more."""
 _NAMED = 8
 
 

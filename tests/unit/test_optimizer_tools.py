@@ -92,13 +92,13 @@ def test_compare_runs_nothing_twice(budget, tmp_path, monkeypatch):
         config = configuration.load(arguments[1])
         ran.append(config.name)
         rate = config.optim.matrix_lr or config.optim.lr
-        finished(config, losses=[5.0] * 27 + [1.0 + abs(math.log2(rate / 3e-3)) + 0.1 * config.train.seed] * 3)
+        finished(config, losses=[5.0] * 27 + [1.0 + abs(math.log2(rate / 6e-3)) + 0.1 * config.train.seed] * 3)
 
     monkeypatch.setattr(compare, "_python", command)
     options = {"budget": budget, "names": ["adamw", "muon"], "seeds": 3, "extend": 1, "workers": 1, "out": tmp_path}
     scores, runs = compare.compare(**options)
     assert len(ran) == len(set(ran)) == 4 + 4 + 2 * 2
-    assert common.best_rate(scores["muon"]) == 3e-3 and [round(run.score, 6) for run in runs["muon"]] == [1.0, 1.1, 1.2]
+    assert common.best_rate(scores["muon"]) == 6e-3 and [round(run.score, 6) for run in runs["muon"]] == [1.0, 1.1, 1.2]
     first, ran[:] = list(ran), []
     assert compare.compare(**options)[0] == scores and not ran
     (tmp_path / budget.name / first[0] / "status.json").write_text('{"state": "failed"}')

@@ -29,14 +29,14 @@ from hope_pt import cli, data, engine
 def main() -> int:
     """The exit code of `hope`."""
     folder, rank = Path(os.environ["HOPE_RUN_DIR"]).parent, os.environ["SLURM_PROCID"]
-    _record_batches(folder / f"ledger-{rank}")
+    record_batches(folder / f"ledger-{rank}")
     kind, faulty, step = os.environ.get("TRIAL_FAULT", "none -1 0").split()
     if rank == faulty and os.environ["HOPE_ATTEMPT"] == "1":
         _inject(FAULTS[kind], step=int(step))
     return cli.main(sys.argv[1:])
 
 
-def _record_batches(path: Path) -> None:
+def record_batches(path: Path) -> None:
     """Makes the loader write position and digest of every sample that it hands out, at once."""
     begin, following = data.Loader.__init__, data.Loader.__next__
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

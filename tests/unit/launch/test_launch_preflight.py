@@ -194,6 +194,14 @@ def test_of_two_nodes_neither_is_blamed_for_what_lies_between_them():
     assert verdict.lines[1] == "preflight: the clock of n2 is +60.0 s from that of n1: one of the two nodes is wrong"
 
 
+def test_of_two_nodes_the_slow_one_is_named():
+    reports = {rank: blank(f"n{rank // 2 + 1}") | {"product_s": 0.010 if rank < 2 else 0.013} for rank in range(4)}
+    slow_inside = {0: {1: 0.001}, 1: {0: 0.001}, 2: {3: 0.002}, 3: {2: 0.002}}
+    assert list(judge(Probe(reports), hosts=["n1", "n2"], world_size=4).bad) == ["n2"]
+    even = {rank: report | {"product_s": 0.01} for rank, report in reports.items()}
+    assert list(judge(Probe(even, exchanges=slow_inside), hosts=["n1", "n2"], world_size=4).bad) == ["n2"]
+
+
 def test_a_clock_is_not_judged_finer_than_the_message_was_fast():
     clocks = {0: Clock(0, 0), 1: Clock(0.1, 0.1), 2: Clock(9.0, 8.0)}
     found = Probe({rank: blank(f"n{rank}") for rank in range(3)}, [], None, clocks)

@@ -226,8 +226,8 @@ def summary(outcomes: list[HangOutcome]) -> dict[str, Any]:
         if late and ended:
             result["faults"][fault] = {
                 "jobs": len(seen),
-                "late_s": {"median": statistics.median(late), "longest": max(late)},
-                "verdict_to_end_s": {"median": statistics.median(ended), "longest": max(ended)},
+                "late_s": {"median": round(statistics.median(late), 1), "longest": max(late)},
+                "verdict_to_end_s": {"median": round(statistics.median(ended), 1), "longest": max(ended)},
                 "named": {name: sum(outcome.culprit == name for outcome in seen) for name in ("right", "nobody", "wrong")},
             }
     return result

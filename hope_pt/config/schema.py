@@ -315,7 +315,7 @@ class WatchdogConfig(Section):
     step_factor: NonNegativeInt = 20
     """The limit of a step is at least this many times the median of the last ones."""
     checkpoint_s: NonNegativeInt = 1800
-    """What a checkpoint holds up training."""
+    """What a checkpoint holds up training; the end of a run has the same limit."""
     evaluation_s: NonNegativeInt = 3600
     """One measurement."""
 

@@ -41,7 +41,7 @@ hope_say() {
     done) echo "the run has all its steps" ;;
     leave) echo "the job is ${2:-gone}, not RUNNING: cancelled, out of time or taken over by Slurm; not requeued from here" ;;
     stopped) echo "the run was asked to stop and has saved; not requeued" ;;
-    user) echo "the configuration, the data or the command is wrong (see above); a restart would not help" ;;
+    user) echo "the configuration, the data, the disk or the command is wrong (see above); a restart would not help" ;;
     never) echo "the run must not be restarted (it diverged); a restart would meet the same step again" ;;
     give-up) echo "$HOPE_MAX_FRUITLESS attempts without a newer checkpoint; not requeued again" ;;
     requeue) echo "the run is not finished; requeue" ;;

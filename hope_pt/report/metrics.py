@@ -8,6 +8,7 @@ Python writes a float as the shortest text that reads back to the same bits, so 
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,11 @@ from typing import Protocol
 from hope_pt.errors import HopeError
 
 Value = float | int | str | bool | None
+
+
+def finite(value: float) -> float | None:
+    """The value of a metric line: JSON has neither infinity nor NaN, they are null."""
+    return value if math.isfinite(value) else None
 
 
 class Sink(Protocol):

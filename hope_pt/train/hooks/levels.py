@@ -1,9 +1,8 @@
 """Writes what the optimizer measured of its last step: a line of `optim/...` values where there is one."""
 
-import math
 from collections.abc import Callable, Sequence
 
-from hope_pt.report.metrics import Sink
+from hope_pt.report.metrics import Sink, finite
 from hope_pt.train.hooks.base import Hook, StepRecord
 
 
@@ -17,5 +16,4 @@ class LevelsHook(Hook):
         """The line of this step, if it has one."""
         values = self._measured()
         for sink in self._sinks if values else ():
-            # JSON has neither infinity nor NaN.
-            sink.write(step=record.step, values={key: value if math.isfinite(value) else None for key, value in values.items()})
+            sink.write(step=record.step, values={key: finite(value) for key, value in values.items()})

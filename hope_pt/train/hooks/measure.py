@@ -1,11 +1,10 @@
 """Calls a measuring function at intervals and writes its values to the sinks: evaluations and memory diagnostics."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 
-from hope_pt.report.metrics import Sink
+from hope_pt.report.metrics import Sink, finite
 from hope_pt.train.hooks.base import Hook, StepRecord, due
 
 LOG = logging.getLogger(__name__)
@@ -46,13 +45,13 @@ class MeasureHook(Hook):
     def _run(self, step: int) -> None:
         began = time.perf_counter()
         values = self._measure()
-        bad = [key for key, value in values.items() if not math.isfinite(value)]
+        line = {key: finite(value) for key, value in values.items()}
+        bad = [key for key, value in line.items() if value is None]
         if bad:
             LOG.warning("step %d: not finite: %s", step, ", ".join(bad))
         for sink in self._sinks:
-            # JSON has neither infinity nor NaN.
-            sink.write(step=step, values={key: None if key in bad else value for key, value in values.items()})
+            sink.write(step=step, values=line)
         if self._announce and self._sinks:
-            headlines = {key.removeprefix("eval/"): value for key, value in values.items() if key.count("/") == 1 and key not in bad}
+            headlines = {key.removeprefix("eval/"): value for key, value in line.items() if key.count("/") == 1 and value is not None}
             shown = "  ".join(f"{key} {value:.4g}" for key, value in headlines.items())
             LOG.info("step %d: %s (%.1f s)", step, shown, time.perf_counter() - began)

@@ -1,10 +1,9 @@
 """Writes one line a step to every sink: metrics.jsonl first, trackers after it."""
 
-import math
 import time
 from collections.abc import Sequence
 
-from hope_pt.report.metrics import Sink, Value
+from hope_pt.report.metrics import Sink, Value, finite
 from hope_pt.train.hooks.base import Hook, StepRecord
 
 
@@ -17,10 +16,9 @@ class MetricsHook(Hook):
     def after_step(self, record: StepRecord) -> None:
         """The training line of this step."""
         values: dict[str, Value] = {
-            # JSON has neither infinity nor NaN.
-            "loss": record.loss if math.isfinite(record.loss) else None,
+            "loss": finite(record.loss),
             "lr": record.lr,
-            "grad_norm": record.grad_norm if math.isfinite(record.grad_norm) else None,
+            "grad_norm": finite(record.grad_norm),
             "skipped": record.skipped,
             "skips": record.skips,
             "tokens": record.tokens,

@@ -10,6 +10,7 @@ Python writes a float as the shortest text that reads back to the same bits, so 
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +27,7 @@ def finite(value: float) -> float | None:
 class Sink(Protocol):
     """Takes metric lines: the file, a tracker, the screen."""
 
-    def write(self, *, step: int, values: dict[str, Value]) -> None:
+    def write(self, *, step: int, values: Mapping[str, Value]) -> None:
         """One line, of finite numbers and short texts."""
 
     def sync(self) -> None:
@@ -43,7 +44,7 @@ class MetricsFile:
         self.path = Path(path)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def write(self, *, step: int, values: dict[str, Value]) -> None:
+    def write(self, *, step: int, values: Mapping[str, Value]) -> None:
         """Appends one line; raises HopeError if the disk refuses, ValueError for a number that is not finite."""
         line = json.dumps({"step": step, **values}, allow_nan=False)
         try:

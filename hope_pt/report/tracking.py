@@ -9,6 +9,7 @@ written is missing. metrics.jsonl has every step once, so `upload` sends that, a
 import hashlib
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class WandbSink:
     def __init__(self, run: Any):
         self._run = run
 
-    def write(self, *, step: int, values: dict[str, Value]) -> None:
+    def write(self, *, step: int, values: Mapping[str, Value]) -> None:
         """One line."""
         self._tell("log", dict(values), step=step)
 

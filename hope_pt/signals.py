@@ -2,11 +2,27 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
 STOP_SIGNALS = {signal.SIGUSR1: "usr1", signal.SIGUSR2: "usr2", signal.SIGTERM: "term"}
 """A scheduler sends them before the time limit, and when it cancels or moves a job; srun sends them to every process of the job."""
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[set[str]]:
+    """Within it the signals end nothing: their names are in the set. In another thread than the main one Python has no signals."""
+    names: set[str] = set()
+    if threading.current_thread() is not threading.main_thread():
+        yield names
+        return
+    before = {number: signal.signal(number, lambda number, _: names.add(STOP_SIGNALS[signal.Signals(number)])) for number in STOP_SIGNALS}
+    try:
+        yield names
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from hope_pt import config
 from hope_pt.cli.launcher import launch_from_environment
 from hope_pt.engine.peers import Watch
 from hope_pt.errors import ConfigError
+from hope_pt.signals import noted
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -14,14 +15,15 @@ def run(arguments: argparse.Namespace) -> None:
         _rehearse(arguments)
         return
     launch = launch_from_environment()
-    with Watch(launch) as watch:
+    # A rank that waits for others, at the start or the end, must not die of a signal that asks it to stop.
+    with noted() as signals, Watch(launch) as watch:
         settings = config.load(arguments.config, arguments.overrides)
         # After the configuration has been read: torch and megatron take seconds to import, an error in a key should not.
         from hope_pt import train
 
-        result = train.run(settings, launch=launch, watch=watch)
+        result = train.run(settings, launch=launch, watch=watch, signals=signals)
     if launch.rank == 0 and result.stopped:
-        print(f"{result.path}: asked to stop ({result.stopped}); saved after step {result.steps}, and the same command continues")
+        print(f"{result.path}: asked to stop ({result.stopped}) after step {result.steps}; the same command continues")
     elif launch.rank == 0:
         print(f"{result.path}: {result.steps} steps; next: hope report {result.path}")
 

@@ -1,7 +1,7 @@
 """The training loop: batch, step, metrics, hooks. Everything else that happens while training is a hook."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from hope_pt.engine.phases import Phases
@@ -26,22 +26,20 @@ def fit(
     tokens_per_step: int,
     wall_s: float = 0.0,
     hooks: Sequence[Hook] = (),
-    stopped: Callable[[], bool] = lambda: False,
+    stopped: Callable[[int], bool] = lambda step: False,
     phases: Phases | None = None,
 ) -> None:
     """Steps `engine` from where it is to `num_steps`, one of `batches` a step, and calls every hook in order after each.
 
-    `wall_s`: seconds of training before this session. `stopped`: asked before each step, whether to end here. `phases`: is told what is
-    being done. Raises DivergenceError where the engine has dropped too many steps (hope_pt.optim.spikes), before any hook sees the last of
-    them: its state is neither evaluated nor saved.
+    `wall_s`: seconds of training before this session. `stopped(step)`: asked before each step, whether to end here. `phases`: is told
+    what is being done. Raises DivergenceError where the engine has dropped too many steps (hope_pt.optim.spikes), before any hook sees the
+    last of them: its state is neither evaluated nor saved.
     """
     phases, phase = phases or Phases(), "first_step"
-    for hook in hooks:
-        if hook.phase:
-            phases.enter(hook.phase, step=engine.num_steps_done)
+    for hook in _entered(hooks, phases, step=engine.num_steps_done):
         hook.start(engine.num_steps_done)
     iterator = iter(batches)
-    while engine.num_steps_done < num_steps and not stopped():
+    while engine.num_steps_done < num_steps and not stopped(engine.num_steps_done):
         phases.enter(phase, step=engine.num_steps_done)
         began = time.perf_counter()
         batch = next(iterator)
@@ -63,11 +61,17 @@ def fit(
         )
         if result.diverged:
             raise _divergence(record, why=result.diverged)
-        for hook in hooks:
-            if hook.phase:
-                phases.enter(hook.phase, step=record.step)
+        for hook in _entered(hooks, phases, step=record.step):
             hook.after_step(record)
         phase = "step"
+
+
+def _entered(hooks: Sequence[Hook], phases: Phases, *, step: int) -> Iterator[Hook]:
+    """The hooks, each in its phase."""
+    for hook in hooks:
+        if hook.phase:
+            phases.enter(hook.phase, step=step)
+        yield hook
 
 
 def _divergence(record: StepRecord, *, why: str) -> DivergenceError:

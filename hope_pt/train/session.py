@@ -6,10 +6,11 @@ wrong with the input is found before configuration, metrics or checkpoints of th
 
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hope_pt import checkpoint, data, engine
 from hope_pt.config import loads, to_toml
@@ -19,6 +20,7 @@ from hope_pt.engine.sharding import Shard
 from hope_pt.errors import DivergenceError, HopeError
 from hope_pt.report import metrics, tracking
 from hope_pt.report.metrics import MetricsFile, Sink
+from hope_pt.signals import noted
 from hope_pt.train import measures, resume, rng
 from hope_pt.train.code import code_text, code_version
 from hope_pt.train.directory import RunDirectory
@@ -37,31 +39,36 @@ from hope_pt.train.wishes import Wishes
 
 LOG = logging.getLogger(__name__)
 
+UNMEASURED = "unmeasured"
+"""Key of a checkpoint's meta: the run was asked to stop at this step, so what was due at it has not been measured."""
+
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that has all its steps, or was asked to stop after `steps` of them and has saved (`stopped`: why, else empty)."""
+    """A run that has all its steps, or was asked to stop after `steps` of them, which are saved (`stopped`: why, else empty)."""
 
     path: Path
     steps: int
     stopped: str = ""
 
 
-def run(config: RunConfig, *, launch: engine.Launch | None = None, watch: Watch | None = None) -> RunResult:
+def run(
+    config: RunConfig, *, launch: engine.Launch | None = None, watch: Watch | None = None, signals: Collection[str] | None = None
+) -> RunResult:
     """Trains `config` to its last step, from the newest checkpoint of the run directory `out/name` if there is one.
 
     USR1, USR2, TERM, and a file STOP in the run directory, end it at a step that all ranks agree on, after a checkpoint; a file SAVE only
     saves (`train.wishes`).
     Raises HopeError subclasses for the user's mistakes (other configuration or data than the run began with, a second writer, a full
-    disk) and DivergenceError when too many steps had to be dropped. `watch`, entered by the caller, tells every rank of the failure of one.
+    disk) and DivergenceError when too many steps had to be dropped. `watch`, entered by the caller, tells every rank of the failure of one;
+    `signals`, of `hope_pt.signals.noted`, are those received.
     """
     launch = launch or engine.Launch()
     engine.check(config, launch=launch)
     watch = watch or Watch(launch)
     directory = RunDirectory(Path(config.out) / config.name, attempt=launch.attempt)
-    wishes = Wishes(directory.path)
     with ExitStack() as stack:
-        stack.enter_context(wishes.listening())
+        wishes = Wishes(directory.path, signals=stack.enter_context(noted()) if signals is None else signals)
         watch.configure(config.watchdog, logs=directory.logs)
         train = stack.enter_context(closing(data.open_source(config.data, split="train", vocab_size=config.model.vocab_size)))
         heldout = stack.enter_context(closing(data.open_source(config.data, split="heldout", vocab_size=config.model.vocab_size)))
@@ -116,12 +123,13 @@ def _train(job: _Job, *, newest: checkpoint.Checkpoint | None) -> int:
         )
         sinks = _begin(config, directory=directory, progress=progress, tokenizer=job.train.tokenizer_path) if writer else []
         saver = _saver(job, trainer=trainer, sinks=sinks, committed=progress.step)
-        hooks = _hooks(job, trainer=trainer, sinks=sinks, saver=saver)
+        hooks = _hooks(job, trainer=trainer, sinks=sinks, saver=saver, owed=bool(newest and newest.meta.get(UNMEASURED)))
         for hook in hooks:
             stack.callback(hook.close)
         if writer:
             stack.enter_context(_status(job, trainer=trainer, saver=saver))
         stack.enter_context(job.watch.reporting())
+        stack.callback(lambda: job.watch.phases.enter("close", step=trainer.num_steps_done))
         fit(
             trainer,
             batches=loader,
@@ -129,10 +137,9 @@ def _train(job: _Job, *, newest: checkpoint.Checkpoint | None) -> int:
             tokens_per_step=config.train.global_batch_size * job.train.seq_len,
             wall_s=progress.wall_s,
             hooks=hooks,
-            stopped=lambda: bool(job.wishes.reason),
+            stopped=job.wishes.before_step,
             phases=job.watch.phases,
         )
-        job.watch.phases.enter("close", step=trainer.num_steps_done)
     return trainer.num_steps_done
 
 
@@ -167,7 +174,8 @@ def _saver(job: _Job, *, trainer: engine.TrainEngine, sinks: list[Sink], committ
 
     def snapshot(record: StepRecord) -> tuple[list[Shard], dict]:
         progress = Progress(step=record.step, consumed=record.step * config.train.global_batch_size, wall_s=record.wall_s)
-        return capture(trainer, progress=progress, config=config, fingerprint=job.train.fingerprint, code_version=code)
+        shards, meta = capture(trainer, progress=progress, config=config, fingerprint=job.train.fingerprint, code_version=code)
+        return shards, {**meta, UNMEASURED: bool(job.wishes.reason)}
 
     return CheckpointHook(
         snapshot,
@@ -181,22 +189,27 @@ def _saver(job: _Job, *, trainer: engine.TrainEngine, sinks: list[Sink], committ
     )
 
 
-def _hooks(job: _Job, *, trainer: engine.TrainEngine, sinks: list[Sink], saver: CheckpointHook) -> list[Hook]:
-    """In the order of a step: metrics, wishes, measurements, checkpoint, and what the person sees. Only the first rank writes and shows."""
+def _hooks(job: _Job, *, trainer: engine.TrainEngine, sinks: list[Sink], saver: CheckpointHook, owed: bool) -> list[Hook]:
+    """In the order of a step: metrics, wishes, measurements, checkpoint, and what the person sees. Only the first rank writes and shows.
+
+    owed: the step that this session starts from has not been measured yet.
+    """
     config, plan, heldout = job.config, job.plan, job.heldout
     last, schedule, writer = config.train.steps, config.eval, plan.rank == 0
+    asked: dict[str, Any] = {"wishes": job.wishes, "owed": owed}
     hooks: list[Hook] = [MetricsHook(sinks), job.wishes, LevelsHook(lambda: trainer.optimizer.watched.measured, sinks=sinks)]
     if schedule.stragglers_every and plan.world_size > 1:
         hooks.append(StragglersHook(lambda: trainer.own_s, sinks=sinks, every=schedule.stragglers_every))
     if writer and config.data.source == "shards":
         measure = measures.baselines(config, train=job.train, heldout=heldout)
-        when = {"at_start": True} if schedule.at_start else {"last_step": last}
-        hooks.append(MeasureHook(measure, sinks=sinks, every=0, announce=True, **when))
+        when: dict[str, Any] = {"at_start": True} if schedule.at_start else {"last_step": last}
+        hooks.append(MeasureHook(measure, sinks=sinks, every=0, announce=True, wishes=job.wishes, **when))
     if schedule.diagnostics_every and config.model.mixer == "titans":
         measure = measures.diagnostics(trainer=trainer, plan=plan, heldout=heldout)
-        hooks.append(MeasureHook(measure, sinks=sinks, every=schedule.diagnostics_every, at_start=True))
+        hooks.append(MeasureHook(measure, sinks=sinks, every=schedule.diagnostics_every, at_start=True, **asked))
     measure = measures.evaluation(config, trainer=trainer, plan=plan, heldout=heldout)
-    hooks.append(MeasureHook(measure, sinks=sinks, every=schedule.every, at_start=schedule.at_start, last_step=last, announce=True))
+    when = {"at_start": schedule.at_start, "last_step": last}
+    hooks.append(MeasureHook(measure, sinks=sinks, every=schedule.every, announce=True, **when, **asked))
     hooks.append(saver)
     if writer:
         hooks += [StatusHook(job.directory, num_steps=last, committed=lambda: saver.committed), ProgressHook(num_steps=last)]

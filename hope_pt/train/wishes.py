@@ -7,16 +7,12 @@ failure has thrown out of its collective ends as failed even where it was signal
 signals the healthy ranks of a job of which one has failed.
 """
 
-import contextlib
 import logging
-import signal
-import threading
-from collections.abc import Iterator
+import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from hope_pt.engine import collectives
-from hope_pt.signals import STOP_SIGNALS
 from hope_pt.train.hooks.base import Hook, StepRecord
 
 LOG = logging.getLogger(__name__)
@@ -27,53 +23,57 @@ _REASONS = ("", "usr1", "usr2", "stop", "term")
 
 
 class Wishes(Hook):
-    """What all ranks have agreed on after the last step.
+    """What all ranks have agreed on after the last step. signals: names of those received so far, filled while the run goes on.
 
     reason: why the run ends there, empty if it does not ("usr1", "usr2", "term": signals, "stop": the file). save: whether somebody wants
     a checkpoint of that step.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, signals: Collection[str]):
         self.reason, self.save = "", False
-        self._directory, self._signalled = directory, 0
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within it the signals of `STOP_SIGNALS` are wishes. In another thread than the main one Python has no signals."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        self._directory, self._signals = directory, signals
+        self._begun = self._stop_seen = False
 
     def start(self, step: int) -> None:
-        """Who is asked to stop before the first step takes none; there is nothing to save yet."""
+        """Who is asked to stop before the first step takes none, and measures nothing; there is nothing to save yet."""
         self._agree(step, can_save=False)
+
+    def before_step(self, step: int) -> bool:
+        """Whether the run ends here. Asks all ranks once more before the first step: measurements at the start may have taken long."""
+        if not self._begun:
+            self._begun = True
+            self._agree(step, can_save=False)
+        return bool(self.reason)
 
     def after_step(self, record: StepRecord) -> None:
         """Asks all ranks."""
+        self._forget_save()
         self._agree(record.step, can_save=True)
 
-    def fulfilled(self) -> None:
-        """The run has saved and ends: the next session of it is not asked again. The first rank only."""
-        (self._directory / STOP).unlink(missing_ok=True)
+    def close(self) -> None:
+        """Nothing is open; a save that was wished for is over."""
+        self._forget_save()
 
-    def _receive(self, number: int, frame: Any) -> None:
-        self._signalled = max(self._signalled, _REASONS.index(STOP_SIGNALS[signal.Signals(number)]))
+    def fulfilled(self) -> None:
+        """The run ends as it was asked to: the next session is not asked again. The first rank only."""
+        if self._stop_seen:
+            (self._directory / STOP).unlink(missing_ok=True)
+
+    def _forget_save(self) -> None:
+        if self.save and collectives.rank() == 0:
+            (self._directory / SAVE).unlink(missing_ok=True)
+        self.save = False
 
     def _agree(self, step: int, *, can_save: bool) -> None:
-        mine, save = self._signalled, False
+        mine, save = max((_REASONS.index(name) for name in self._signals), default=0), False
         if collectives.rank() == 0:
-            mine = max(mine, _REASONS.index("stop") if (self._directory / STOP).exists() else 0)
-            save = can_save and (self._directory / SAVE).exists()
+            # An error of the file system is no wish, and no reason to end.
+            self._stop_seen = os.path.exists(self._directory / STOP)
+            mine = max(mine, _REASONS.index("stop") if self._stop_seen else 0)
+            save = can_save and os.path.exists(self._directory / SAVE)
         agreed, saves = collectives.largest([mine, int(save)])
         self.reason, self.save = _REASONS[agreed], bool(saves)
         if collectives.rank() == 0 and self.reason:
             LOG.info("asked to stop (%s): all ranks end after step %d", self.reason, step)
         if collectives.rank() == 0 and self.save:
             LOG.info("asked to save: step %d", step)
-            (self._directory / SAVE).unlink(missing_ok=True)

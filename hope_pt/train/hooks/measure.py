@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from hope_pt.report.metrics import Sink, finite
 from hope_pt.train.hooks.base import Hook, StepRecord, due
+from hope_pt.train.wishes import Wishes
 
 LOG = logging.getLogger(__name__)
 
@@ -14,7 +15,8 @@ class MeasureHook(Hook):
     """`measure` -> metrics, every `every` steps, before the first step if `at_start`, and after step `last_step`.
 
     Every rank calls `measure` (it may gather weights); the first one has the sinks. `announce` logs the values for the reader of the
-    console.
+    console. A run that is asked to stop has no time for what was due at that step: the session that continues from there, which is
+    `owed` it, measures first.
     """
 
     phase = "evaluation"
@@ -28,19 +30,26 @@ class MeasureHook(Hook):
         at_start: bool = False,
         last_step: int | None = None,
         announce: bool = False,
+        wishes: Wishes | None = None,
+        owed: bool = False,
     ):
         self._measure, self._sinks, self._every = measure, sinks, every
         self._at_start, self._last_step, self._announce = at_start, last_step, announce
+        self._wishes, self._owed = wishes, owed
 
     def start(self, step: int) -> None:
-        """Measures an untrained model, if asked."""
-        if self._at_start and step == 0:
+        """Measures an untrained model, if asked, or what the last session had no time for."""
+        owed = self._owed and due(step, every=self._every)
+        if not self._is_stopping() and (owed or (self._at_start and step == 0)):
             self._run(step)
 
     def after_step(self, record: StepRecord) -> None:
         """Measures where it is due."""
-        if due(record.step, every=self._every) or record.step == self._last_step:
+        if record.step == self._last_step or (due(record.step, every=self._every) and not self._is_stopping()):
             self._run(record.step)
+
+    def _is_stopping(self) -> bool:
+        return self._wishes is not None and bool(self._wishes.reason)
 
     def _run(self, step: int) -> None:
         began = time.perf_counter()

@@ -74,7 +74,7 @@ class Spy(Hook):
 
 def saver(engine, root, *, every, last_step, sinks=()):
     """A hook that nobody asks for anything."""
-    settings = {"config": CheckpointConfig(every=every, keep=9), "last_step": last_step, "wishes": Wishes(root), "committed": 0}
+    settings = {"config": CheckpointConfig(every=every, keep=9), "last_step": last_step, "wishes": Wishes(root, signals=()), "committed": 0}
     return CheckpointHook(engine.capture, root=root, layout="", sinks=sinks, **settings)
 
 

@@ -16,9 +16,10 @@ from hope_pt.config.schema import CheckpointConfig, EvalConfig
 from hope_pt.data import Loader, open_source
 from hope_pt.engine import Launch
 from hope_pt.report import metrics
-from hope_pt.signals import STOP_SIGNALS, shielded
+from hope_pt.signals import STOP_SIGNALS, noted, shielded
 from hope_pt.testing.configs import tiny_run
 from hope_pt.train.hooks.base import StepRecord
+from hope_pt.train.hooks.checkpoint import CheckpointHook
 from hope_pt.train.wishes import Wishes
 
 STEPS = 12
@@ -106,8 +107,9 @@ def test_a_save_file_saves_and_nothing_else(tmp_path, after_step):
 
 
 def test_a_persons_wish_is_stronger_than_a_time_limit(tmp_path):
-    wishes, record = Wishes(tmp_path), StepRecord(1, 1.0, 0.1, 1.0, False, 1, 1.0, 0.0, 0.0)
-    with wishes.listening():
+    record = StepRecord(1, 1.0, 0.1, 1.0, False, 0, 1, 1.0, 0.0, 0.0)
+    with noted() as signals:
+        wishes = Wishes(tmp_path, signals=signals)
         os.kill(os.getpid(), signal.SIGUSR1)
         wishes.after_step(record)
         assert wishes.reason == "usr1"
@@ -120,6 +122,40 @@ def test_a_persons_wish_is_stronger_than_a_time_limit(tmp_path):
         os.kill(os.getpid(), signal.SIGUSR2)
         wishes.after_step(record)
         assert wishes.reason == "term"
+
+
+def test_a_stop_file_that_comes_after_the_agreement_stops_the_next_session(tmp_path, after_step, monkeypatch):
+    config = settings(tmp_path)
+    directory = tmp_path / config.name
+    after_step[4] = lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    saved = CheckpointHook.after_step
+
+    def late(self, record):
+        if self._wishes.reason:
+            (directory / "STOP").touch()
+        saved(self, record)
+
+    monkeypatch.setattr(CheckpointHook, "after_step", late)
+    assert train.run(config).stopped == "usr1"
+    assert train.run(config).stopped == "stop"
+
+
+def test_a_run_that_is_asked_to_stop_measures_when_it_continues(tmp_path, after_step):
+    """What was due at that step is measured by the next session, and the lines are those of one session."""
+    whole, config = settings(tmp_path / "whole"), settings(tmp_path / "stopped")
+    train.run(whole)
+    after_step[5] = lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    train.run(config)
+    assert not any("eval/loss" in record for record in curve(config))
+    train.run(config)
+    assert curve(config) == curve(whole) and sum("eval/loss" in record for record in curve(config)) == 3
+
+
+def test_a_wish_during_the_measurements_before_the_first_step_is_heard(tmp_path, monkeypatch):
+    config = settings(tmp_path)
+    monkeypatch.setattr(CheckpointHook, "start", lambda self, step: os.kill(os.getpid(), signal.SIGUSR1))
+    result = train.run(config)
+    assert (result.steps, result.stopped) == (0, "usr1")
 
 
 def test_a_stop_at_the_last_step_is_a_run_that_is_done(tmp_path, after_step):

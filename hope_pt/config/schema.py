@@ -267,8 +267,9 @@ class EngineConfig(Section):
     """"auto" takes the GPU where there is one."""
     threads: NonNegativeInt = 0
     """CPU threads of one rank; 0 leaves torch's default."""
-    timeout_s: PositiveInt = 600
-    """Collectives that wait longer than this fail."""
+    timeout_s: PositiveInt = 7200
+    """A collective that waits longer than this fails, and names the rank that waited. So it is above the limits of [watchdog]: one that is
+    not below it, or 0, has no effect where ranks wait for each other (a job of several ranks warns)."""
 
 
 class SkipConfig(Section):
@@ -324,7 +325,7 @@ class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
     every: NonNegativeInt = 500
-    """Steps between checkpoints; 0 writes the last step only."""
+    """Steps between checkpoints; 0 writes the last step, and where somebody asks for it (SAVE, a stop)."""
     keep: PositiveInt = 3
     """Newest checkpoints kept; an older one goes only after a newer one has been verified."""
     keep_every: NonNegativeInt = 0

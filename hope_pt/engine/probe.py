@@ -105,7 +105,7 @@ def _lead(launch: Launch, store: dist.Store, *, report: dict, device: torch.devi
     stuck = {rank: json.loads(watcher.get(f"at/{rank}")) if watcher.check([f"at/{rank}"]) else None for rank in sorted(waiting)}
     watcher.set("over", "")
     if not stuck:
-        dist.destroy_process_group()
+        _leave()
     exchanges = {rank: {int(peer): took for peer, took in one["exchanges"].items()} for rank, one in done.items()}
     took = None if stuck else done[0]["all_reduce_s"]
     return Probe(reports, missing, took, clocks, exchanges, stuck, {rank: one["error"] for rank, one in done.items() if one["error"]})
@@ -124,7 +124,13 @@ def _follow(launch: Launch, store: dist.Store, *, nodes: list[str], device: torc
     if thread.is_alive():
         # A thread inside a collective that never ends cannot be ended; rank 0 says what happened.
         os._exit(0)
-    dist.destroy_process_group()
+    _leave()
+
+
+def _leave() -> None:
+    # A rank that met an error may have no group.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _connect(launch: Launch, *, serve: bool, seconds: float) -> dist.Store:

@@ -1,4 +1,4 @@
-"""Preflight: is every node of a job fit for it? One process for each GPU, under a minute, before the trainer starts.
+"""Preflight: is every node of a job fit for it? One process for each GPU, under a minute once all have started, before the trainer.
 
 Each rank looks at its own machine (`hope_pt.launch.health`), rank 0 collects and looks at the network (`hope_pt.engine.probe`), and
 `judge` compares and names the nodes that are bad or far slower than the others. slurm/lib/run.sh leaves those out of the job's next
@@ -19,6 +19,7 @@ from hope_pt.errors import ParallelError
 from hope_pt.launch.health import examine
 
 JOIN_S = 40.0
+"""Seconds that ranks have for their own machine and to reach rank 0; longer where the job lets them start further apart (`join_s`)."""
 NETWORK_S = 15.0
 GRACE_S = 12.0
 """Seconds after which ranks that cannot reach rank 0 may blame it; where it lives, it has named them by then and Slurm has ended them."""
@@ -45,7 +46,9 @@ class Verdict:
 
 def preflight(launch: Launch, *, directory: Path, environment: Mapping[str, str]) -> Verdict | None:
     """Collective. The verdict on rank 0, None elsewhere; without rank 0, the verdict about its node on all others."""
-    end = time.monotonic() + JOIN_S
+    # A node that reads Python's packages for minutes is no bad node: a slow start costs time only.
+    join_s = max(JOIN_S, launch.join_s)
+    end = time.monotonic() + join_s
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", launch.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
@@ -57,7 +60,7 @@ def preflight(launch: Launch, *, directory: Path, environment: Mapping[str, str]
     except ParallelError as error:
         time.sleep(GRACE_S)
         return first_rank_is_gone(launch, hosts=hosts, reason=str(error))
-    return judge(found, hosts=hosts, world_size=launch.world_size) if found else None
+    return judge(found, hosts=hosts, world_size=launch.world_size, join_s=join_s) if found else None
 
 
 def first_rank_is_gone(launch: Launch, *, hosts: list[str], reason: str) -> Verdict:
@@ -66,12 +69,12 @@ def first_rank_is_gone(launch: Launch, *, hosts: list[str], reason: str) -> Verd
     return Verdict([f"preflight: node {node} is bad: rank {launch.rank} says that {reason}"], {node: [reason]})
 
 
-def judge(found: Probe, *, hosts: list[str], world_size: int) -> Verdict:
-    """Bad nodes from all reports: missing ranks, problems, clocks, products and exchanges far slower than the median's."""
+def judge(found: Probe, *, hosts: list[str], world_size: int, join_s: float = JOIN_S) -> Verdict:
+    """Bad nodes from all reports: ranks missing after `join_s`, problems, clocks, products and exchanges far slower than the median's."""
     verdict = Verdict(stuck=bool(found.stuck or found.errors))
     per_node = max(world_size // max(len(hosts), 1), 1)
     for rank in found.missing:
-        verdict.blame(hosts[rank // per_node] if hosts else f"of rank {rank}", f"rank {rank} does not reach rank 0 within {JOIN_S:.0f} s")
+        verdict.blame(hosts[rank // per_node] if hosts else f"of rank {rank}", f"rank {rank} does not reach rank 0 within {join_s:.0f} s")
     kind = "cuda" if any(report["kind"] == "cuda" for report in found.reports.values()) else "cpu"
     _own_problems(found, verdict, kind=kind)
     _clocks(found, verdict)

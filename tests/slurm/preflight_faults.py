@@ -15,6 +15,7 @@ from hope_pt import cli
 from hope_pt.launch import health, preflight
 
 # Limits between good and bad that turns of one loaded CPU do not reach.
+os.environ["HOPE_JOIN_S"] = "25"
 preflight.JOIN_S, preflight.NETWORK_S, preflight.SLOWER, preflight.SLOWER_LINK = 25.0, 20.0, {"cpu": 100.0}, {"cpu": 10.0}
 health.LEAST_FREE_BYTES, health.LEAST_FREE_FILES = 1 << 20, 100
 

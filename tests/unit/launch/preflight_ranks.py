@@ -28,17 +28,23 @@ def break_something(case: str, rank: int) -> None:
     if case in ("link", "stuck") and rank == 2:
         batch = dist.batch_isend_irecv
         dist.batch_isend_irecv = lambda operations: (time.sleep(0.5 if case == "link" else 600), batch(operations))[1]
+    if case == "no group":
+        dist.init_process_group = refuse
+
+
+def refuse(*arguments, **options) -> None:
+    raise RuntimeError("no interface named ib0")
 
 
 def one_rank(case: str, rank: int, *, directory: Path, port: int) -> int:
-    preflight.JOIN_S = 5.0 if case in ABSENT else 30.0
-    preflight.NETWORK_S, preflight.GRACE_S = 4.0 if case == "stuck" else 20.0, 0.5
+    preflight.JOIN_S, join_s = (1.0, "5") if case in ABSENT else (30.0, "1")
+    preflight.NETWORK_S, preflight.GRACE_S = 8.0 if case == "stuck" else 20.0, 0.5
     # Turns of one CPU are no faults, and neither is a small disk under a test.
     preflight.SLOWER, preflight.SLOWER_LINK = {"cpu": 1e9}, {"cpu": 8.0}
     health.LEAST_FREE_BYTES = health.LEAST_FREE_FILES = 0
     break_something(case, rank)
     place = {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": "0", "SLURMD_NODENAME": f"n{rank + 1}"}
-    os.environ.update(place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOPE_HOSTS": "n1,n2,n3,n4"})
+    os.environ.update(place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HOPE_HOSTS": "n1,n2,n3,n4", "HOPE_JOIN_S": join_s})
     return cli.main(["launch", "preflight", str(directory)])
 
 

@@ -302,11 +302,12 @@ def test_a_hang_in_the_network_without_a_name_is_a_failed_attempt(tmp_path, monk
 
 PROCESSES = {
     "well": ([0, 0, 0, 0], [], "4 of 4 ranks"),
-    "missing": ([3, 0, 0], ["n4"], "node n4 is bad: rank 3 does not reach rank 0"),
+    "missing": ([3, 0, 0], ["n4"], "node n4 is bad: rank 3 does not reach rank 0 within 5 s"),
     "gone": ([3, 3, 3], ["n1"], "says that rank 0 at"),
     "clock": ([3, 0, 0, 0], ["n2"], "its clock is +60.0 s from the median of 4 nodes"),
     "link": ([3, 0, 0, 0], ["n3"], "exchanges of 16 MiB with other nodes take"),
-    "stuck": ([3, 0, 0, 0], ["n2", "n3"], "ranks 1 and 2 (n2, n3) exchange nothing in 4 s"),
+    "no group": ([1, 0, 0, 0], [], "rank 3 on n4: no interface named ib0\n"),
+    "stuck": ([3, 0, 0, 0], ["n2", "n3"], "ranks 1 and 2 (n2, n3) exchange nothing in 8 s"),
 }
 
 

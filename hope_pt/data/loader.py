@@ -5,6 +5,7 @@ Worker w reads the steps w, w + N, w + 2N, ...; the batches are those of zero wo
 """
 
 import atexit
+import logging
 import multiprocessing
 import os
 import threading
@@ -23,6 +24,7 @@ from hope_pt.data.source import Source
 from hope_pt.errors import ConfigError, DataError
 from hope_pt.signals import shielded
 
+LOG = logging.getLogger(__name__)
 _AHEAD = 2  # batches each worker prepares before they are asked for
 _POLL_SECONDS = 1.0
 
@@ -133,7 +135,7 @@ class _Workers:
         raise RuntimeError(f"data worker {w} failed:\n{value}")
 
     def close(self) -> None:
-        """Without its pipe a worker ends by itself, unless it is stuck in a read."""
+        """Without its pipe a worker ends by itself, unless it is stuck in a read; takes at most two seconds for each."""
         atexit.unregister(self.close)
         for pipe in self._pipes:
             pipe.close()
@@ -141,7 +143,10 @@ class _Workers:
             process.join(_POLL_SECONDS)
             if process.is_alive():
                 process.kill()
-                process.join()
+                process.join(_POLL_SECONDS)
+            if process.is_alive():
+                text = "%s (pid %d) does not die of SIGKILL: it waits for a disk; at its end this process waits for it"
+                LOG.warning(text, process.name, process.pid)
 
 
 def _work(reader: _Reader, first: int, stride: int, pipe: Connection) -> None:

@@ -139,6 +139,22 @@ def test_error_in_a_worker_arrives_as_it_is(damaged, monkeypatch):
 
 
 @pytest.mark.timeout(100)
+def test_a_reader_that_cannot_be_killed_holds_nobody_up(corpus, monkeypatch, caplog):
+    source, config = setup(corpus, num_workers=1)
+    loader = Loader(source, config=config, global_batch_size=4)
+    next(loader)
+    (victim,) = loader._pool._processes
+    os.kill(victim.pid, signal.SIGSTOP)
+    monkeypatch.setattr(victim, "kill", lambda: None)
+    began = time.monotonic()
+    loader.close()
+    took = time.monotonic() - began
+    os.kill(victim.pid, signal.SIGKILL)
+    assert took < 10
+    assert f"hope-data-worker-0 (pid {victim.pid}) does not die of SIGKILL" in caplog.text
+
+
+@pytest.mark.timeout(100)
 def test_closed_loader_leaves_no_process(corpus):
     source, config = setup(corpus, num_workers=2)
     loader = Loader(source, config=config, global_batch_size=4)

@@ -207,7 +207,7 @@ def _cancel(arguments: argparse.Namespace) -> None:
 def _wandb(arguments: argparse.Namespace) -> None:
     from importlib.metadata import PackageNotFoundError, version
 
-    from hope_pt.launch.watch import read_status
+    from hope_pt.launch.watch import has_ended
     from hope_pt.report import tracking
 
     path = Path(arguments.run)
@@ -216,7 +216,7 @@ def _wandb(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{path}: no run directory with a config.toml")
     if arguments.upload:
         settings = configs.loads(stored.read_text(encoding="utf-8"), source=str(stored))
-        sent = tracking.upload(settings, directory=path, finished=read_status(path).get("state") in ("done", "stopped"))
+        sent = tracking.upload(settings, directory=path, finished=has_ended(path))
         print(f"sent {len(sent)} steps: {sent[0]} to {sent[-1]}" if sent else "wandb has every step already")
         return
     found = tracking.segments(path)

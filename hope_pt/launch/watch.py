@@ -16,6 +16,8 @@ from pathlib import Path
 
 from hope_pt.errors import ConfigError
 
+STALL_S = 1800.0
+"""Seconds without a sign of life after which a run is taken for dead."""
 RECENT = 50
 """Training lines that speed and time left are taken from."""
 _TAIL_BYTES = 1 << 18
@@ -55,7 +57,7 @@ class RunStatus:
         return asdict(self)
 
 
-def run_status(path: Path, *, stall_s: float = 1800.0, flops_rate: float | None = None, now: float | None = None) -> RunStatus:
+def run_status(path: Path, *, stall_s: float = STALL_S, flops_rate: float | None = None, now: float | None = None) -> RunStatus:
     """The state of the run in `path`. Without a sign of life for `stall_s` seconds a running run is a problem.
 
     flops_rate: FLOPs of a token over FLOP/s of all GPUs, whose product with tokens/s is the MFU; None: unknown. Raises ConfigError where
@@ -67,15 +69,16 @@ def run_status(path: Path, *, stall_s: float = 1800.0, flops_rate: float | None 
     said, lines = read_status(path), recent_lines(path / "metrics.jsonl")
     last = lines[-1] if lines else {}
     attempts = read_attempts(path)
-    owner, hang = owner_state(path), hang_report(path, attempts=attempts, last_step_at=last.get("time", 0.0))
+    owner, sign = owner_state(path), max(said.get("time", 0.0), last.get("time", 0.0))
     starts = sum(one["what"] == "start" for one in attempts)
     step, num_steps = max(last.get("step", 0), said.get("step", 0)), said.get("num_steps", 0)
     speeds = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]
     speed = statistics.median(speeds) if speeds else None
     seconds = _step_seconds(lines)
-    signs = [one["time"] for one in (said, last) if one.get("time")]
-    silent = now - max(signs) if signs else None
+    silent = now - sign if sign else None
     state = said.get("state") or ("starting" if owner else "unknown")
+    # A run that hangs while it closes has all that it was to have.
+    hang = "" if state in ("done", "stopped") else hang_report(path, attempts=attempts, last_sign=sign)
     return RunStatus(
         name=path.name,
         state=state,
@@ -97,6 +100,15 @@ def run_status(path: Path, *, stall_s: float = 1800.0, flops_rate: float | None 
         hang=hang,
         problem=_problem(state, attempts=attempts, owner=owner, silent=silent, stall_s=stall_s, hang=hang),
     )
+
+
+def has_ended(path: Path, *, now: float | None = None) -> bool:
+    """Whether this session of the run will write no more lines: status.json says how it ended, or there is no sign of life."""
+    said, lines = read_status(path), recent_lines(path / "metrics.jsonl")
+    if said.get("state", "running") != "running":
+        return True
+    sign = max(one.get("time", 0.0) for one in (said, *lines[-1:]))
+    return (time.time() if now is None else now) - sign > STALL_S
 
 
 def _problem(state: str, *, attempts: list[dict[str, str]], owner: str, silent: float | None, stall_s: float, hang: str) -> str:
@@ -160,15 +172,15 @@ def read_attempts(path: Path) -> list[dict[str, str]]:
     return found
 
 
-def hang_report(path: Path, *, attempts: list[dict[str, str]], last_step_at: float) -> str:
+def hang_report(path: Path, *, attempts: list[dict[str, str]], last_sign: float) -> str:
     """What the watchdog says of a hang of this attempt, without its time; empty if there is none, or only one of an earlier attempt.
 
-    A run without a batch job has no record of attempts; there a step after the hang is the sign of a new one.
+    last_sign: time of the newest step or status, which after the hang is a new session's; one without a batch job records no attempts.
     """
     file = path / "logs" / "hang.txt"
     starts = [one["time"] for one in attempts if one["what"] == "start" and "time" in one]
     try:
-        since = datetime.fromisoformat(starts[-1]).timestamp() if starts else last_step_at
+        since = max(last_sign, datetime.fromisoformat(starts[-1]).timestamp() if starts else 0.0)
         if file.stat().st_mtime < since:
             return ""
         return file.read_text(encoding="utf-8").partition("\n")[0].partition("  ")[2]

@@ -15,7 +15,7 @@ from typing import Any
 
 from hope_pt.config import config_hash
 from hope_pt.config.schema import RunConfig
-from hope_pt.errors import ConfigError
+from hope_pt.errors import ConfigError, HopeError
 from hope_pt.report import metrics
 from hope_pt.report.metrics import Value
 from hope_pt.signals import shielded
@@ -51,8 +51,8 @@ class WandbSink:
         except Exception as error:
             # Its exceptions cannot be named without importing it, and none of them may cost a step.
             self._run = None
-            text = "wandb is gone (%s: %s); training goes on, metrics.jsonl has everything: hope launch wandb RUN --upload"
-            LOG.warning(text, type(error).__name__, " ".join(str(error).split()))
+            text = "wandb is gone (%s); training goes on, metrics.jsonl has everything: hope launch wandb RUN --upload"
+            LOG.warning(text, _in_words(error))
 
 
 def open_wandb(config: RunConfig, *, directory: Path, module: Any = None) -> WandbSink:
@@ -68,7 +68,7 @@ def upload(config: RunConfig, *, directory: Path, finished: bool, module: Any = 
     """Sends the steps of RUN/metrics.jsonl that wandb does not have yet, in order, each once; returns them.
 
     The newest step of a run that is not `finished` waits for the next time, because lines of it may be still to come. Raises ConfigError
-    as `open_wandb` does, HopeError without a readable metrics.jsonl.
+    as `open_wandb` does, HopeError without a readable metrics.jsonl or where wandb fails half way.
     """
     steps: dict[int, dict[str, Value]] = {}
     for record in metrics.read(directory / "metrics.jsonl"):
@@ -80,11 +80,19 @@ def upload(config: RunConfig, *, directory: Path, finished: bool, module: Any = 
     identity = found[-1].name.rpartition("-")[2] if found else run_id(config, directory=directory)
     with tempfile.TemporaryDirectory() as place:
         run = _init(config, identity=identity, mode="online", place=Path(place), module=module)
-        wanted = [step for step in sorted(steps) if step >= run.starting_step]
-        for step in wanted:
-            run.log(steps[step], step=step)
-        run.finish()
+        try:
+            wanted = [step for step in sorted(steps) if step >= run.starting_step]
+            for step in wanted:
+                run.log(steps[step], step=step)
+            run.finish()
+        except Exception as error:
+            # As in `_init`: its exceptions cannot be named. What it has taken it will not be sent again.
+            raise HopeError(f"wandb failed ({_in_words(error)}); run the same command again, it sends what is missing") from error
     return wanted
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def segments(directory: Path) -> list[Path]:

@@ -93,6 +93,21 @@ def test_a_hang_is_shown_in_the_attempt_that_hung(tmp_path, monkeypatch, age, sh
     assert found.problem == found.hang == ("rank 3 on n2 hangs: step 41, asleep for 90 s" if shown else "")
 
 
+@pytest.mark.parametrize(
+    ("state", "status_at", "shown"), [("done", -90, ""), ("stopped", -90, ""), ("running", -90, "x"), ("running", 5, "")]
+)
+def test_a_hang_is_no_problem_of_a_finished_run_nor_of_the_next_session(tmp_path, monkeypatch, state, status_at, shown):
+    """A run may hang while it closes; one that is started again says so in its status before its first step."""
+    monkeypatch.setenv("PATH", "/bin-without-slurm")
+    path, hung = make_run(tmp_path / "run", age=100), time.time() - 60
+    (path / "status.json").write_text(json.dumps({"state": state, "step": 40, "num_steps": 100, "time": hung + status_at}))
+    (path / "logs").mkdir()
+    (path / "logs" / "hang.txt").write_text("2026-11-21 18:00:00  x\n")
+    os.utime(path / "logs" / "hang.txt", (hung, hung))
+    found = run_status(path)
+    assert found.problem == found.hang == shown
+
+
 def test_a_missing_run_is_a_mistake(tmp_path):
     assert cli.main(["launch", "status", str(tmp_path / "nothing")]) == 2
     assert cli.main(["launch", "cancel", str(tmp_path / "nothing")]) == 2

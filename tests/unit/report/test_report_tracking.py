@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from hope_pt import cli
 from hope_pt.config import to_toml
 from hope_pt.config.schema import TrackConfig
-from hope_pt.errors import ConfigError
+from hope_pt.errors import ConfigError, HopeError
 from hope_pt.report.tracking import open_wandb, run_id, segments, sync_commands, upload
 from hope_pt.testing.configs import tiny_run
 
@@ -134,6 +135,36 @@ def test_every_step_is_sent_once_in_order(tmp_path):
     assert not (tmp_path / "wandb").exists()
 
 
+def test_a_network_that_goes_half_way_is_one_line_and_the_rest_goes_next_time(tmp_path):
+    write_metrics(tmp_path, range(1, 6))
+    fake = FakeWandb(dies_at=4)
+    with pytest.raises(HopeError, match="wandb failed .ConnectionResetError: Connection lost.; run the same command again"):
+        upload(tiny_run(), directory=tmp_path, finished=True, module=fake)
+    fake._dies_at = None
+    assert upload(tiny_run(), directory=tmp_path, finished=True, module=fake) == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("state", "age", "sent"),
+    [
+        ("running", 0.0, "1 steps: 1 to 1"),
+        ("running", 4000.0, "2 steps: 1 to 2"),
+        ("failed", 0.0, "2 steps: 1 to 2"),
+        ("diverged", 0.0, "2 steps: 1 to 2"),
+        ("interrupted", 0.0, "2 steps: 1 to 2"),
+        ("stopped", 0.0, "2 steps: 1 to 2"),
+    ],
+)
+def test_only_a_run_that_goes_on_keeps_its_newest_step(tmp_path, monkeypatch, capsys, state, age, sent):
+    """What a run that diverged did last is what one wants to see."""
+    write_metrics(tmp_path, range(1, 3))
+    (tmp_path / "config.toml").write_text(to_toml(tiny_run()))
+    (tmp_path / "status.json").write_text(json.dumps({"state": state, "time": time.time() - age}))
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    assert cli.main(["launch", "wandb", str(tmp_path), "--upload"]) == 0
+    assert capsys.readouterr().out == f"sent {sent}\n"
+
+
 SESSIONS = ("offline-run-20261121_185642-0ca9", "offline-run-20261120_235959-0ca9", "offline-run-20261121_185632-0ca9")
 
 
@@ -160,4 +191,4 @@ def test_segments_are_in_order_and_the_command_follows_wandbs_version(tmp_path, 
     monkeypatch.setitem(sys.modules, "wandb", fake)
     fake.history.clear()
     assert cli.main(["launch", "wandb", str(tmp_path), "--upload"]) == 0
-    assert capsys.readouterr().out == "sent 1 steps: 1 to 1\n"
+    assert capsys.readouterr().out == "sent 2 steps: 1 to 2\n"

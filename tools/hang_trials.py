@@ -172,7 +172,7 @@ class HangJob(Job):
         lines = [self._lines(rank) for rank in able(trial)]
         line = lines[0][0] if lines[0] else ""
         right = line.startswith(f"hope: rank {trial.rank} of {trial.world_size} ")
-        culprit = "right" if right else "nobody" if line.startswith("hope: all ranks wait") else "wrong"
+        culprit = "right" if right else "nobody" if line.startswith("hope: all ranks ") else "wrong"
         expected = [1 if rank in able(trial) else -signal.SIGKILL for rank in range(trial.world_size)]
         return HangOutcome(
             trial=trial,

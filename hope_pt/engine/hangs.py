@@ -1,6 +1,9 @@
 """A rank that lives but does not get on: what every rank says of itself, when that is a hang, who causes it, and the stacks.
 
     main thread --Phases--> Observer (watching thread of the same rank) --Report, each beat--> hub: `is_hang`, then `culprits`
+                                              ^-- each beat: `gets_on`, does some rank? --'
+
+A rank's clock stands still while it waits for others of which one gets on, so that it is not over its limit when that one has finished.
 
 Nothing of torch is imported here: a collective is known by the module of a frame.
 """
@@ -27,17 +30,23 @@ _WAITING = (
     "megatron.core.distributed.param_and_grad_buffer",
     "hope_pt.engine.collectives",
     "hope_pt.engine.peers",
+    "hope_pt.engine.step.TrainEngine._agree",
 )
-"""Modules whose functions wait for other ranks, directly or through a handle."""
+"""Modules whose functions wait for other ranks, directly or through a handle, and functions that do."""
 _WAITING_DEPTH = 20
 _NOT_A_PLACE = ("hope_pt.engine.collectives", "hope_pt.engine.peers", "hope_pt.engine.hub", "hope_pt.engine.stopwatch", __name__)
 """Where everybody waits for the others, or passes through: what called it says more."""
 _NAMED = 8
+_SAME_S = 2
+"""Ranks that came to a place at the same time differ by less: each looks at another moment, and sends whole seconds."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank does. seconds: in its phase; place_s: in the function of `place`; collective: waits for others; expired: too long."""
+    """What a rank does. seconds: in its phase; place_s: in the function of `place`; collective: waits for others; expired: too long.
+
+    Seconds for which it waited while another rank got on do not count for `expired`.
+    """
 
     phase: str
     step: int
@@ -46,6 +55,11 @@ class Report:
     place_s: int
     collective: bool
     expired: bool
+
+    @property
+    def spot(self) -> tuple[int, str, str]:
+        """The same for ranks that have come equally far."""
+        return self.step, self.phase, self.place
 
     @property
     def where(self) -> str:
@@ -62,18 +76,22 @@ class Observer:
     def __init__(self, phases: Phases, *, beat_s: float):
         self._phases, self._longest, self._last = phases, 2 * beat_s, time.monotonic()
         self._serial, self._seconds, self._function, self._place_s = -1, 0.0, "", 0.0
+        self._waited = 0.0
 
-    def look(self, limits: WatchdogConfig) -> Report:
-        """To be called once a beat."""
+    def look(self, limits: WatchdogConfig, *, others_get_on: bool = False) -> Report:
+        """Counts the time since the last look. `others_get_on`: if this rank waits, it is for one that has time and a task of its own."""
         phase, now = self._phases.now, time.monotonic()
-        passed, self._last = min(now - self._last, self._longest), now
+        same_phase = phase.serial == self._serial
+        passed, self._last = min(now - (self._last if same_phase else phase.began), self._longest), now
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         function, line = _place(frame)
-        same_phase = phase.serial == self._serial
+        collective = _waits(frame)
         same_place = same_phase and function == self._function
-        self._seconds = self._seconds + passed if same_phase else min(now - phase.began, self._longest)
+        self._seconds = self._seconds * same_phase + passed
+        self._waited = self._waited * same_phase + passed * (collective and others_get_on)
         self._place_s = self._place_s + passed if same_place else 0.0
         self._serial, self._function = phase.serial, function
+        self._phases.waited = (phase.serial, self._waited)
         limit = limit_s(phase.name, limits=limits, step_s=self._phases.step_s)
         return Report(
             phase=phase.name,
@@ -81,8 +99,8 @@ class Observer:
             seconds=int(self._seconds),
             place=f"{function}, line {line}" if line else function,
             place_s=int(self._place_s),
-            collective=_waits(frame),
-            expired=bool(limit) and self._seconds > limit,
+            collective=collective,
+            expired=bool(limit) and self._seconds - self._waited > limit,
         )
 
 
@@ -100,7 +118,8 @@ def _waits(frame: FrameType | None) -> bool:
     for _ in range(_WAITING_DEPTH):
         if frame is None:
             return False
-        if any(_module(frame) == name or _module(frame).startswith(f"{name}.") for name in _WAITING):
+        called = f"{_module(frame)}.{frame.f_code.co_qualname}."
+        if any(called.startswith(f"{name}.") for name in _WAITING):
             return True
         frame = frame.f_back
     return False
@@ -110,14 +129,17 @@ def _module(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
 
 
-def is_hang(reports: Collection[Report | None]) -> bool:
-    """Some rank is over its limit, and none has both time left and something to do besides waiting for others.
+def gets_on(reports: Collection[Report | None]) -> bool:
+    """Some rank has both time left and something to do besides waiting for others. None: a rank not heard yet, which may have."""
+    return any(report is None or not (report.expired or report.collective) for report in reports)
 
-    So a job whose ranks wait for one that has a long task of its own goes on until the limit of that task. None: a rank not heard yet.
+
+def is_hang(reports: Collection[Report | None]) -> bool:
+    """Some rank is over its limit, and none gets on.
+
+    So a job whose ranks wait for one that has a long task of its own goes on until the limit of that task.
     """
-    known = [report for report in reports if report is not None]
-    stuck = all(report.expired or report.collective for report in known)
-    return stuck and len(known) == len(reports) and any(report.expired for report in known)
+    return not gets_on(reports) and any(report is not None and report.expired for report in reports)
 
 
 def culprits(reports: Mapping[int, Report | None]) -> list[int]:
@@ -125,7 +147,7 @@ def culprits(reports: Mapping[int, Report | None]) -> list[int]:
 
     1. those that do not answer;
     2. else those that wait for nobody, of them the ones longest in their place. If nobody waits for anybody, as it looks when all wait
-       for their devices, those that differ from a majority come first;
+       for their devices, those that differ from a majority come first, and where all are at the same place it is nobody;
     3. else those that wait elsewhere than a majority of more than half: they took another way, past a collective or into one.
     """
     silent = [rank for rank, report in reports.items() if report is None]
@@ -133,26 +155,22 @@ def culprits(reports: Mapping[int, Report | None]) -> list[int]:
         return silent
     known = {rank: report for rank, report in reports.items() if report is not None}
     busy = {rank: report for rank, report in known.items() if not report.collective}
-    if not busy or len(busy) == len(known):
-        apart = _apart_from_the_majority(known)
-        if apart or not busy:
-            return apart
+    if not busy or len(busy) == len(known) > 1:
+        spots = {rank: report.spot for rank, report in known.items()}
+        spot, count = Counter(spots.values()).most_common(1)[0]
+        if not busy or 2 * count > len(spots):
+            return [rank for rank in spots if spots[rank] != spot] if 2 * count > len(spots) else []
     longest = max(report.place_s for report in busy.values())
-    return [rank for rank, report in busy.items() if report.place_s == longest]
-
-
-def _apart_from_the_majority(reports: Mapping[int, Report]) -> list[int]:
-    spots = {rank: (report.step, report.phase, report.place) for rank, report in reports.items()}
-    spot, count = Counter(spots.values()).most_common(1)[0]
-    return [rank for rank in spots if spots[rank] != spot] if 2 * count > len(spots) else []
+    return [rank for rank, report in busy.items() if report.place_s > longest - _SAME_S]
 
 
 def verdict_text(reports: Mapping[int, Report | None], *, named: list[int], names: Mapping[int, str], file: str) -> str:
     """One line: who hangs, where and for how long. names: of the ranks, for people; file: what to read next."""
     if not named:
         # Of the ranks at one spot, the first speaks for all.
-        spots = {(report.step, report.phase, report.place): rank for rank, report in sorted(reports.items(), reverse=True) if report}
-        text = f"all ranks wait for each other, at {'the same place' if len(spots) == 1 else f'{len(spots)} places'}: "
+        spots = {report.spot: rank for rank, report in sorted(reports.items(), reverse=True) if report}
+        do = "wait for each other" if any(report and report.collective for report in reports.values()) else "hang"
+        text = f"all ranks {do}, at {'the same place' if len(spots) == 1 else f'{len(spots)} places'}: "
         text += "; ".join(f"{names[rank]} {reports[rank]}" for rank in sorted(spots.values())[:_NAMED])
     else:
         first = reports[named[0]]
@@ -191,11 +209,12 @@ def write_within(seconds: float, path: Path | None, text: Callable[[], str]) -> 
 
     def write() -> None:
         with contextlib.suppress(OSError):
+            written = text()  # before the disk is waited for
             if path is None:
-                os.write(2, text().encode())
+                os.write(2, written.encode())
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text(), encoding="utf-8")
+                path.write_text(written, encoding="utf-8")
 
     writer = threading.Thread(target=write, name="hope-hang-writer", daemon=True)
     writer.start()

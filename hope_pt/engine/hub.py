@@ -5,8 +5,8 @@
 * a rank that reports an exception: failed, with that message;
 * `silent_s` without a beat: stopped, its host is lost, or its interpreter is blocked by one long native call;
 * `Launch.join_s` without a connection: it died before it could be heard, or was never started;
-* a rank that is over the limit of its phase while no other one gets on (`engine.hangs`): all ranks are asked for their stacks and for what
-  they do now, and the answers name the culprit.
+* a rank that is over the limit of its phase while no other one gets on (`engine.hangs`): all ranks are asked what they do now, and the
+  answers name the culprit. Only if they confirm the hang do the ranks leave their stacks.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hope_pt.engine.hangs import Report, culprits, is_hang, table, verdict_text, write_within
+from hope_pt.engine.hangs import Report, culprits, gets_on, is_hang, table, verdict_text, write_within
 
 EXIT_FAILED = 1
 HANG = "hang.txt"
@@ -37,14 +37,14 @@ class Limits:
     unwind_s: float = 4.0
     """From the verdict to the forced end of a process whose main thread has not ended it."""
     answer_s: float = 2.5
-    """For all ranks to write their stacks; one that says nothing in this time does not answer."""
+    """For all ranks to say what they do; one that says nothing in this time does not answer. As long for each to write its stacks."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Which rank ended the job: one line, the exit code of the others, and for a stopped rank its process, to be killed on its machine.
 
-    hang: its main thread does not get on; if all ranks wait for each other, `rank` is the first one. stacks: the others leave theirs.
+    hang: its main thread does not get on; if all ranks wait for each other, `rank` is the first one. stacks: every rank leaves its own.
     """
 
     rank: int
@@ -155,9 +155,9 @@ class Hub:
         self._unfinished = set(range(world_size))
         self._waiting = Silence(limits.beat_s)
         self._verdict: Verdict | None = None
-        self._asked: float | None = None  # when all ranks were asked for their stacks
+        self._asked: float | None = None  # when all ranks were asked what they do
+        self._ask_after = 0.0
         self._answers: dict[int, Report] = {}
-        self._written: set[int] = set()
         self.logs: Path | None = None
         self.told = threading.Event()
 
@@ -173,7 +173,7 @@ class Hub:
                     self._read(key.fileobj)  # type: ignore[arg-type]
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + self._limits.beat_s
-                self._tell(beat=True)
+                self._tell(beat=True, gets_on=gets_on(self._reports()))
                 self._check()
             if self._asked is not None and self._verdict is None:
                 self._judge(since=self._asked)
@@ -208,8 +208,6 @@ class Hub:
             member.report = Report(**message["report"])
         if "answer" in message:
             self._answers[member.rank] = Report(**message["answer"])
-        if "written" in message:
-            self._written.add(member.rank)
         if "done" in message:
             self._unfinished.discard(member.rank)
         if "failed" in message:
@@ -248,27 +246,30 @@ class Hub:
                 )
                 self._decide(member.rank, text + member.where, stopped=True)
 
+    def _reports(self) -> list[Report | None]:
+        """The last words of those that have not finished."""
+        return [self._members[rank].report if rank in self._members else None for rank in self._unfinished]
+
     def _suspect(self) -> None:
-        """Asks all ranks, once they are there, when their last words look like a hang."""
-        if self._asked is not None or len(self._members) < self._world_size:
-            return
-        if is_hang([self._members[rank].report for rank in self._unfinished]):
-            self._asked, self._answers, self._written = time.monotonic(), {}, set()
-            self._tell(stacks=str(self.logs or ""))
+        """Asks all ranks when their last words look like a hang."""
+        if self._asked is None and time.monotonic() >= self._ask_after and is_hang(self._reports()):
+            self._asked, self._answers = time.monotonic(), {}
+            self._tell(ask=str(self.logs or ""))
 
     def _judge(self, *, since: float) -> None:
-        """When all ranks have written their stacks, or had the time: the verdict, or none if the answers say that the job goes on."""
-        if self._unfinished - self._written and time.monotonic() < since + self._limits.answer_s:
+        """When all ranks have answered, or had the time: the verdict, or none if the answers say that the job goes on."""
+        if self._unfinished - self._answers.keys() and time.monotonic() < since + self._limits.answer_s:
             return
         reports = {rank: self._answers.get(rank) for rank in sorted(self._unfinished)}
         if not is_hang([report or self._members[rank].report for rank, report in reports.items()]):
-            self._asked = None
+            self._asked, self._ask_after = None, time.monotonic() + self._limits.answer_s
             return
         named = culprits(reports)
         text = verdict_text(reports, named=named, names=self._names(), file=self._see())
         self._tabulate(text, reports)
         first = named[0] if named else 0
-        self._pass(Verdict(first, text, EXIT_FAILED, *self._process(first, stopped=bool(named) and reports[first] is None), hang=True))
+        process = self._process(first, stopped=bool(named) and reports[first] is None)
+        self._pass(Verdict(first, text, EXIT_FAILED, *process, hang=True, stacks=True))
 
     def _tabulate(self, text: str, reports: dict[int, Report | None]) -> None:
         last = {rank: member.report for rank, member in self._members.items()}

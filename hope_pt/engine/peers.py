@@ -2,10 +2,10 @@
 
     rank 0: hub thread  <--one TCP connection each-->  client thread of every rank, of rank 0 too
 
-Every client says each second what its main thread does (`engine.hangs`); the hub (`engine.hub`) says each second that it lives, and
-decides which rank has failed or hangs. The verdict goes to all clients, which decide alone if it is the hub that is gone or silent. A
-rank whose main thread is then thrown out of its collective raises `PeerError` with the verdict; one that stays in it (NCCL waits for
-ever) is ended by its client thread. Nothing here waits for the time limits of the backend.
+Every client says each second what its main thread does (`engine.hangs`); the hub (`engine.hub`) says each second that it lives and
+whether any rank gets on, and decides which one has failed or hangs. The verdict goes to all clients, which decide alone if it is the hub
+that is gone or silent. A rank whose main thread is then thrown out of its collective raises `PeerError` with the verdict; one that stays
+in it (NCCL waits for ever) is ended by its client thread. Nothing here waits for the time limits of the backend.
 
 What a rank sees of another one's death is a broken collective. That is a symptom and not reported as a failure of its own: the rank
 waits for the verdict, and reports itself only when none comes.
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from hope_pt.config.schema import WatchdogConfig
-from hope_pt.engine.hangs import Observer, stacks, verdict_text, write_within
+from hope_pt.engine.hangs import Observer, Report, stacks, verdict_text, write_within
 from hope_pt.engine.hub import EXIT_FAILED, Hub, Limits, Link, Silence, Verdict, home, rank_name
 from hope_pt.engine.launch import Launch
 from hope_pt.engine.phases import Phases
@@ -68,6 +68,8 @@ class Watch:
         self._own_failure = ""
         self._watchdog = WatchdogConfig()
         self._observer = Observer(self.phases, beat_s=self._limits.beat_s)
+        self._others_get_on = False
+        self._said: Report | None = None
         self._left = threading.Event()
         self._logs: Path | None = None
         self._reporting = contextlib.ExitStack()
@@ -178,7 +180,7 @@ class Watch:
         while True:
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + limits.beat_s
-                self._link.send(report=asdict(self._observer.look(self._watchdog)))
+                self._link.send(report=self._look())
             try:
                 messages = self._link.receive(timeout_s=limits.beat_s)
             except OSError:
@@ -189,11 +191,11 @@ class Watch:
                     return self._settled.set()
                 if "verdict" in message:
                     return self._end(Verdict(**message["verdict"]))
-                if "stacks" in message:
-                    # First the answer: a disk that does not answer is not this rank's silence.
-                    self._link.send(answer=asdict(self._observer.look(self._watchdog)))
-                    self._write_stacks(self._logs or (Path(message["stacks"]) if message["stacks"] else None))
-                    self._link.send(written=True)
+                self._others_get_on = message.get("gets_on", self._others_get_on)
+                if "ask" in message:
+                    # Before the configuration has been read only rank 0 may know a folder.
+                    self._logs = self._logs or (Path(message["ask"]) if message["ask"] else None)
+                    self._link.send(answer=self._look())
             if silence.seconds > limits.silent_s:
                 text = f"{first} has been silent for {limits.silent_s:.0f} s (stopped, its host lost, or its interpreter blocked)"
                 return self._end(Verdict(0, text, home=self._hub_home, pid=self._hub_pid, stacks=True))
@@ -201,20 +203,25 @@ class Watch:
     def _watch_alone(self) -> None:
         """Body of the only thread of a job of one process."""
         while not self._left.wait(self._limits.beat_s):
-            report = self._observer.look(self._watchdog)
+            report = Report(**self._look())
             if report.expired:
                 file = f"stacks: {self._logs / _STACKS.format(0)}" if self._logs else ""
                 names = {0: rank_name(0, 1, socket.gethostname())}
                 return self._end(Verdict(0, verdict_text({0: report}, named=[0], names=names, file=file), hang=True, stacks=True))
 
-    def _write_stacks(self, logs: Path | None) -> None:
-        title = f"rank {self._launch.rank} of {self._launch.world_size}: {self._observer.look(self._watchdog)}"
+    def _look(self) -> dict[str, Any]:
+        """What the main thread does now, as it is sent."""
+        self._said = self._observer.look(self._watchdog, others_get_on=self._others_get_on)
+        return asdict(self._said)
+
+    def _write_stacks(self) -> None:
+        title, logs = f"rank {self._launch.rank} of {self._launch.world_size}: {self._said}", self._logs
         write_within(self._limits.answer_s, logs / _STACKS.format(self._launch.rank) if logs else None, lambda: stacks(title))
 
     def _end(self, verdict: Verdict) -> None:
         """Lets the main thread end the process with the verdict; if it does not, ends it."""
         if verdict.stacks:
-            self._write_stacks(self._logs)
+            self._write_stacks()
         # Two machines whose home cannot be told have the same empty one: what is no home of ours must not be killed.
         if verdict.pid and verdict.home and verdict.home == home() and verdict.rank != self._launch.rank:
             # A stopped process cannot end itself. Its connection is open, so its number is still its own. First the others notice too.

@@ -1,6 +1,7 @@
 """What the main thread of a rank is doing, for whoever watches it from another thread, and how long it may take.
 
-The loop and the hooks say it (`Watch.phases.enter`); `engine.hangs` compares it with the limits of the section [watchdog].
+The training loop says it, from the `phase` of every hook, and the session says when it closes (`Watch.phases.enter`); `engine.hangs`
+compares it with the limits of the section [watchdog].
 """
 
 import statistics
@@ -27,21 +28,24 @@ class Phases:
 
     def __init__(self) -> None:
         self.now = Phase("setup", 0, time.monotonic(), 0)
+        self.waited: tuple[int, float] = (0, 0.0)
+        """Number of a phase, and its seconds that do not count: spent waiting for a rank with a task of its own. The watching thread's."""
         self._first_step: tuple[float, ...] = ()
         self._steps: tuple[float, ...] = ()  # replaced, never changed: another thread may be reading it
 
     def enter(self, name: str, *, step: int) -> None:
         """A new phase begins; the one before has ended."""
-        ended, now = self.now, time.monotonic()
+        ended, now, (serial, waited) = self.now, time.monotonic(), self.waited
+        seconds = now - ended.began - (waited if serial == ended.serial else 0.0)
         if ended.name == "step":
-            self._steps = (*self._steps[1 - _WINDOW :], now - ended.began)
+            self._steps = (*self._steps[1 - _WINDOW :], seconds)
         elif ended.name == "first_step":
-            self._first_step = (now - ended.began,)
+            self._first_step = (seconds,)
         self.now = Phase(name, step, now, ended.serial + 1)
 
     @property
     def step_s(self) -> float:
-        """The median of the last 32 steps in seconds; until there is one, the first step, which is not shorter; 0 before that."""
+        """The median of the last 32 steps in seconds, without what they `waited`; until there is one, the first step; 0 before that."""
         known = self._steps or self._first_step
         return statistics.median(known) if known else 0.0
 
@@ -57,3 +61,9 @@ def limit_s(name: str, *, limits: WatchdogConfig, step_s: float) -> float:
         "evaluation": limits.evaluation_s,
         "close": limits.checkpoint_s,
     }[name]
+
+
+def limits_beyond(timeout_s: int, *, limits: WatchdogConfig) -> list[str]:
+    """The limits, as "name = seconds", that do not act where ranks wait for each other: a collective fails after `timeout_s` seconds."""
+    seconds = {key: value for key, value in limits.model_dump().items() if key.endswith("_s")}
+    return [f"{key} = {value}" for key, value in seconds.items() if value == 0 or value >= timeout_s]

@@ -21,6 +21,7 @@ from hope_pt.engine import cpu
 from hope_pt.engine.compat import capabilities
 from hope_pt.engine.launch import Launch
 from hope_pt.engine.mesh import Mesh, check_mesh
+from hope_pt.engine.phases import limits_beyond
 from hope_pt.engine.provider import Provider, choose
 from hope_pt.errors import ConfigError, ParallelError
 
@@ -87,6 +88,10 @@ def start(config: RunConfig, *, launch: Launch | None = None) -> Plan:
     plan = _plan(config, launch=launch, mesh=mesh, device=device, provider=provider)
     if launch.rank == 0:
         _LOG.info("engine: %d x %s, %s, parts: %s", launch.world_size, device.type, capabilities(), provider.name)
+        timeout_s = config.engine.timeout_s
+        beyond = ", ".join(limits_beyond(timeout_s, limits=config.watchdog))
+        if beyond and launch.world_size > 1:
+            _LOG.warning("watchdog: %s: no effect in a collective, which fails after engine.timeout_s = %d seconds", beyond, timeout_s)
     return plan
 
 

@@ -1,5 +1,6 @@
 """When it is a hang and whose, how long a phase may take, and what a rank says of itself: engine.hangs and engine.phases alone."""
 
+import pkgutil
 import subprocess
 import sys
 import threading
@@ -8,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from hope_pt.config.schema import WatchdogConfig
-from hope_pt.engine import collectives, phases
+from hope_pt.config.schema import EngineConfig, WatchdogConfig
+from hope_pt.engine import collectives, hangs, phases
 from hope_pt.engine.hangs import Observer, Report, culprits, is_hang, stacks, table, verdict_text, write_within
-from hope_pt.engine.phases import Phases, limit_s
+from hope_pt.engine.phases import Phases, limit_s, limits_beyond
 
 WAITS = Report(phase="step", step=7, seconds=300, place="engine.step.f, line 5", place_s=299, collective=True, expired=True)
 BUSY = replace(WAITS, place="data.loader.get, line 9", collective=False)
@@ -51,6 +52,11 @@ def test_a_hang_is_when_one_is_over_its_limit_and_no_other_has_both_time_and_wor
         # Waiting for a device looks like work: the one that differs from a majority, before the longest.
         ([replace(BUSY, place_s=301), replace(BUSY, place="nn.titans.f, line 3"), replace(BUSY, place_s=302), BUSY], [1]),
         ([replace(BUSY, place_s=301), replace(BUSY, place="nn.titans.f, line 3")], [0]),
+        # All stand at the same place: who was looked at first is not to blame.
+        ([BUSY] * 2 + [replace(BUSY, place_s=301)] + [BUSY] * 5, []),
+        ([BUSY, replace(BUSY, place_s=310)], []),
+        # Some came there together, which one says nothing.
+        ([WAITS, BUSY, replace(BUSY, place_s=300), replace(BUSY, place_s=12)], [1, 2]),
         ([BUSY], [0]),
     ],
 )
@@ -74,6 +80,8 @@ def test_the_line_of_a_hang_without_a_culprit_has_every_place():
     place = "300 s in phase step after step 7, in engine.step.f, line 5 for 299 s"
     same = verdict_text({0: WAITS, 1: WAITS}, named=[], names=NAMES, file="")
     assert same == f"all ranks wait for each other, at the same place: {NAMES[0]} {place}"
+    busy = verdict_text({0: BUSY, 1: BUSY}, named=[], names=NAMES, file="")
+    assert busy == f"all ranks hang, at the same place: {NAMES[0]} {place.replace('engine.step.f, line 5', 'data.loader.get, line 9')}"
     further = replace(WAITS, step=8, seconds=20)
     other = "20 s in phase step after step 8, in engine.step.f, line 5 for 299 s"
     apart = verdict_text({0: WAITS, 1: further, 2: WAITS, 3: further}, named=[], names=NAMES, file="see")
@@ -170,6 +178,48 @@ def test_a_look_counts_two_beats_at_most_and_begins_again_with_a_phase(clock):
     now.enter("step", step=4)
     clock.now += 1.0
     assert observer.look(limits).seconds == 1
+
+
+def test_the_clock_of_a_rank_stands_still_while_it_waits_for_one_that_gets_on(clock, monkeypatch):
+    now, limits = Phases(), WatchdogConfig(step_s=4, step_factor=0)
+    observer = Observer(now, beat_s=1.0)
+    waits = [True]
+    monkeypatch.setattr(hangs, "_waits", lambda frame: waits[0])
+
+    def look(passes, *, collective, others_get_on):
+        clock.now += passes
+        waits[0] = collective
+        return observer.look(limits, others_get_on=others_get_on)
+
+    now.enter("step", step=3)
+    for second in range(1, 31):
+        report = look(1.0, collective=True, others_get_on=True)
+        assert (report.seconds, report.expired) == (second, False)
+    # It works itself, or waits where nobody gets on: that counts.
+    seen = [look(1.0, collective=False, others_get_on=True) for _ in range(2)]
+    assert not any(report.expired for report in seen)
+    assert not look(1.0, collective=True, others_get_on=False).expired
+    assert not look(1.0, collective=True, others_get_on=False).expired
+    assert look(1.0, collective=True, others_get_on=False).expired
+    # What a step waited is not its length; the next phase begins at nothing.
+    now.enter("step", step=4)
+    assert now.step_s == 5.0
+    for _ in range(4):
+        assert not look(1.0, collective=False, others_get_on=False).expired
+    assert look(1.0, collective=False, others_get_on=False).expired
+    now.enter("close", step=5)
+    assert now.step_s == 5.0
+
+
+@pytest.mark.parametrize("name", hangs._WAITING)
+def test_every_name_for_waiting_is_a_module_or_a_function(name):
+    assert pkgutil.resolve_name(name)
+
+
+def test_limits_that_a_collective_does_not_wait_for_are_known_and_by_default_there_are_none():
+    assert limits_beyond(EngineConfig().timeout_s, limits=WatchdogConfig()) == []
+    limits = WatchdogConfig(step_s=0, checkpoint_s=600, evaluation_s=599)
+    assert limits_beyond(600, limits=limits) == ["setup_s = 1800", "first_step_s = 1800", "step_s = 0", "checkpoint_s = 600"]
 
 
 def seen_from_a_thread(observer, limits):

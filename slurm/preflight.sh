@@ -5,7 +5,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gres=gpu:8
-#SBATCH --time=00:10:00
+#SBATCH --time=00:20:00
 #SBATCH --output=%x-%j.log
 
 here=$(dirname "${BASH_SOURCE[0]}")

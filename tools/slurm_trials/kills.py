@@ -37,6 +37,8 @@ class Kill:
     """It has recorded the start of the next one."""
     stepped: float | None = None
     """First new step."""
+    committed: int = 0
+    """The step at which the next one began."""
     lost: int | None = None
     """Steps that had to be taken again."""
 
@@ -55,9 +57,13 @@ class KillTrials:
         """Kills run after run, `parallel` of them at a time: a requeued job waits some seconds for the scheduler."""
         for layout in dict.fromkeys(self._order):
             self._bench.reference(layout)
-        with ThreadPoolExecutor(parallel) as pool:
+        pool = ThreadPoolExecutor(parallel)
+        try:
             for worker in [pool.submit(self._work) for _ in range(parallel)]:
                 worker.result()
+        finally:
+            # Those of a series that is stopped end with its cluster.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _work(self) -> None:
         while self._left.acquire(blocking=False):
@@ -101,10 +107,12 @@ class KillTrials:
     def _kill_until_done(self, run: Run, kills: list[Kill], *, layout: str, draw: random.Random) -> None:
         """One run from its submission to its end, with the kills that it met."""
         job = self._bench.submit(run, layout=layout, HOPE_MAX_FRUITLESS=PATIENCE)
-        seconds = self._bench.reference(layout).seconds
+        reference = self._bench.reference(layout)
         while self._left.acquire(blocking=False):
             wait(lambda: len(run.processes()) > 0 or job not in run.cluster.queue(), seconds=120, what="ranks", shown=lambda: run.log)
-            kill = _kill(run, previous=kills[-1] if kills else None, seconds=seconds, draw=draw)
+            previous = kills[-1] if kills else None
+            left = 1.0 - (previous.committed / self._bench.steps if previous else 0.0)
+            kill = _kill(run, previous=previous, seconds=reference.startup + left * reference.training, draw=draw)
             if kill is None:
                 self._left.release()
                 break
@@ -156,8 +164,8 @@ def _follow(run: Run, kill: Kill, *, attempt: int) -> bool:
     wait(lambda: any(line.startswith(starts) for line in run.attempts), seconds=120, what="the next attempt", shown=lambda: run.log)
     kill.restarted = time.time()
     start = next(line for line in run.attempts if line.startswith(starts))
-    committed = int(start.partition("step=")[2].split()[0])
-    kill.lost = max(0, last - committed)
+    kill.committed = int(start.partition("step=")[2].split()[0])
+    kill.lost = max(0, last - kill.committed)
     return True
 
 

@@ -151,10 +151,11 @@ def _curves(reference: Sequence[dict[str, Any]], seen: Sequence[dict[str, Any]])
 
 @dataclass(frozen=True)
 class Reference:
-    """A run without interruption, and how long it took from its first process to its end."""
+    """A run without interruption; seconds from its first process to its first step, and from there to its end."""
 
     outcome: Outcome
-    seconds: float
+    startup: float
+    training: float
 
 
 class Bench:
@@ -186,9 +187,10 @@ class Bench:
             run = self.make(f"{layout}-reference")
             job = self.submit(run, layout=layout)
             wait(lambda: bool(run.processes()), seconds=120, what="the reference to start", shown=lambda: run.log)
-            began = time.monotonic()
+            began = time.time()
             finish(run, job)
-            self._references[layout] = Reference(outcome(run, step=self.steps), round(time.monotonic() - began, 1))
+            first, ended = next(record["time"] for record in records(run) if "time" in record), time.time()
+            self._references[layout] = Reference(outcome(run, step=self.steps), first - began, ended - first)
         return self._references[layout]
 
     def compare(self, run: Run, *, layout: str) -> list[str]:

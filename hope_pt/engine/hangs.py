@@ -33,7 +33,8 @@ _WAITING = (
     "hope_pt.engine.step.TrainEngine._agree",
 )
 """Modules whose functions wait for other ranks, directly or through a handle, and functions that do."""
-_WAITING_DEPTH = 20
+_PASSED = ("torch", "threading")
+"""Modules through which such a function waits: no work of a rank's own is looked for in them."""
 _NOT_A_PLACE = ("hope_pt.engine.collectives", "hope_pt.engine.peers", "hope_pt.engine.hub", "hope_pt.engine.stopwatch", __name__)
 """Where everybody waits for the others, or passes through: what called it says more."""
 _NAMED = 8
@@ -115,12 +116,14 @@ def _place(frame: FrameType | None) -> tuple[str, int]:
 
 
 def _waits(frame: FrameType | None) -> bool:
-    for _ in range(_WAITING_DEPTH):
-        if frame is None:
-            return False
-        called = f"{_module(frame)}.{frame.f_code.co_qualname}."
+    """The innermost function decides: one that a waiting function has called does work of its own."""
+    while frame is not None:
+        module = _module(frame)
+        called = f"{module}.{frame.f_code.co_qualname}."
         if any(called.startswith(f"{name}.") for name in _WAITING):
             return True
+        if module.partition(".")[0] not in _PASSED:
+            return False
         frame = frame.f_back
     return False
 

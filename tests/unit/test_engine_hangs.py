@@ -231,14 +231,27 @@ def seen_from_a_thread(observer, limits):
 
 
 def test_a_collective_is_known_by_the_module_of_a_frame_and_its_place_is_who_called_it(monkeypatch):
-    observer, limits = Observer(Phases(), beat_s=1.0), WatchdogConfig()
-    monkeypatch.setattr(collectives, "size", lambda: seen.append(seen_from_a_thread(observer, limits)) or 1)
-    seen = []
+    observer, limits, seen, looked = Observer(Phases(), beat_s=1.0), WatchdogConfig(), [], threading.Event()
+
+    def look():
+        seen.append(observer.look(limits))
+        looked.set()
+
+    def waiting():
+        looked.clear()
+        threading.Timer(0.05, look).start()
+        return looked.wait
+
+    # As a collective waits: in a function that is not Python's, or of a library below it.
+    monkeypatch.setattr(collectives, "size", waiting())
     collectives.gather(1)
+    monkeypatch.setattr(collectives, "size", lambda: 1)
     with collectives.together():
-        seen.append(seen_from_a_thread(observer, limits))
-    # Called, within the block itself, and called again at its end.
-    assert [report.collective for report in seen] == [True, False, True]
+        assert waiting()(10)
+    # Work of its own that a function for waiting has called.
+    monkeypatch.setattr(collectives, "size", lambda: waiting()(10))
+    collectives.gather(1)
+    assert [report.collective for report in seen] == [True, False, False]
     assert {report.place for report in seen} == {"the start"}
 
 

@@ -3,7 +3,7 @@
     python -m tools.slurm_trials [--name NAME] kills 100      kill -9 of random ranks at random moments
     python -m tools.slurm_trials disk-full 20                 saves on a full disk
     python -m tools.slurm_trials worlds                       4, then 2, then 8 ranks
-    python -m tools.slurm_trials stops                        USR1, requeue, preemption, STOP file
+    python -m tools.slurm_trials stops                        USR1, requeue, preemption, STOP file, a lost node, a new slurmctld
     python -m tools.slurm_trials hangs 8                      sleep, SIGSTOP, a missed collective, a stuck reader
 
 Exit code 0 without, 1 with violations, 77 where the machine has no Slurm. The result is printed and, with --name NAME, written to
@@ -82,9 +82,9 @@ def _parse() -> argparse.Namespace:
     full.set_defaults(trials=lambda bench, options: disk.trials(bench, count=options.count, seed=options.seed), nodes=2)
     world = commands.add_parser("worlds", help="4, then 2, then 8 ranks")
     world.set_defaults(trials=lambda bench, options: worlds.trials(bench, seed=options.seed), nodes=2)
-    stop = commands.add_parser("stops", help="USR1, requeue, preemption, STOP file")
+    stop = commands.add_parser("stops", help="USR1, requeue, preemption, STOP file, a lost node, a new slurmctld")
     stop.add_argument("--ways", default=",".join(stops.WAYS), help="some of %(default)s")
-    stop.set_defaults(trials=lambda bench, options: stops.trials(bench, ways=options.ways.split(","), seed=options.seed), nodes=2)
+    stop.set_defaults(trials=lambda bench, options: stops.trials(bench, ways=options.ways.split(","), seed=options.seed), nodes=3)
     hang = commands.add_parser("hangs", help="sleep, SIGSTOP, a missed collective, a stuck reader")
     hang.add_argument("count", type=int, metavar="N")
     hang.set_defaults(trials=lambda bench, options: hangs.trials(bench, count=options.count, seed=options.seed), nodes=2)

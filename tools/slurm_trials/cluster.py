@@ -33,6 +33,8 @@ class Cluster:
 
     directory: Path
     environment: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, list[int]] = field(default_factory=dict)
+    """Nodes that are gone, and what is left of their processes."""
 
     def run(self, *command: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
         """A Slurm command, from a directory that is not the repository."""
@@ -72,10 +74,15 @@ class Cluster:
         self.run("slurmctld", "-f", self.directory / "etc" / "slurm.conf")
 
     def clear(self) -> None:
-        """Ends all jobs."""
+        """Ends all jobs, and brings back the nodes that are lost."""
         self.run("scancel", "--full", "--signal=KILL", "--state=RUNNING", "--user=root", check=False)
         self.run("scancel", "--user=root", check=False)
         wait(lambda: not self.queue(), seconds=60, what="the queue to be empty")
+        for name in list(self.lost):
+            for pid in self.lost.pop(name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.start_node(name)
 
     def kill_daemon(self, name: str) -> None:
         """Kill -9 of slurmctld or slurmd.NODE."""
@@ -165,6 +172,16 @@ class Run:
             if ours and b"\0train\0" in command and b"task.sh" not in command and b"srun" not in command:
                 found.append(int(status.parent.name))
         return sorted(found)
+
+    def lose_node(self, name: str) -> None:
+        """As its machine does, without a word: kill -9 of its slurmd, and SIGSTOP for this run's ranks there and what started them."""
+        self.cluster.kill_daemon(f"slurmd.{name}")
+        stopped = self.cluster.lost[name] = []
+        for pid in self.processes():
+            if f"SLURMD_NODENAME={name}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                stopped += [int(Path(f"/proc/{pid}/stat").read_text().split()[3]), pid]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
 
 
 def wait(condition: Callable[[], bool], *, seconds: float, what: str, shown: Callable[[], str] = lambda: "") -> None:

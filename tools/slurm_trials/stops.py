@@ -1,11 +1,12 @@
-"""Jobs of the real trainer that are asked to stop, in every way: they lose no step, and the end of the run does not show it."""
+"""Jobs of the real trainer that are stopped, in every way but by kill -9 of a rank: the end of the run does not show it."""
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tools.slurm_trials.cluster import Run, wait
-from tools.slurm_trials.training import Bench, finish, records, sentence, status
+from tools.slurm_trials.training import SAVE_EVERY, Bench, finish, records, sentence, status
 
 LAYOUT = "tp2dp2"
 
@@ -32,27 +33,42 @@ def by_file(run: Run, job: str) -> None:
     (run.path / "STOP").touch()
 
 
+def by_node_death(run: Run, job: str) -> None:
+    """The second machine of the job is lost without a word; there is a third one."""
+    run.lose_node("n2")
+
+
+def by_controller(run: Run, job: str) -> None:
+    """Kill -9 of slurmctld, and a new one; the job is to go on. What was submitted in the last seconds is not in its files yet."""
+    time.sleep(5)
+    run.cluster.kill_daemon("slurmctld")
+    time.sleep(2)
+    run.cluster.start_controller()
+
+
 WAYS: dict[str, Callable[[Run, str], None]] = {
     "usr1": by_signal,
     "requeue": by_requeue,
     "preemption": by_preemption,
     "stop": by_file,
+    "node": by_node_death,
+    "controller": by_controller,
 }
 
 
 def trials(bench: Bench, *, ways: Sequence[str], seed: int) -> dict[str, Any]:
-    """One run each that is stopped once, at a random step, without periodic checkpoints: only the agreed one can be continued from."""
+    """One run each that is stopped once, at a random step; where ranks can agree on it, without periodic checkpoints to continue from."""
     draw, found, violations = random.Random(seed), [], []
     for way in ways:
         run = bench.make(way)
         try:
             seen = _stop(bench, run, way=way, after=draw.randrange(5, max(6, bench.steps // 2)))
             wrong = bench.compare(run, layout=LAYOUT)
-            if seen["lost"]:
+            if seen["lost"] > (SAVE_EVERY if way == "node" else 0):
                 wrong.append(f"{seen['lost']} steps had to be taken again")
         except AssertionError as error:
             seen, wrong = {}, [sentence(error)]
-            bench.cluster.clear()
+        bench.cluster.clear()
         found.append({"way": way, **seen})
         violations += [f"{way}: {line}" for line in wrong]
         print(f"{way}: {seen} {wrong or 'as if nothing had been'}", flush=True)
@@ -61,10 +77,14 @@ def trials(bench: Bench, *, ways: Sequence[str], seed: int) -> dict[str, Any]:
 
 def _stop(bench: Bench, run: Run, *, way: str, after: int) -> dict[str, Any]:
     """Stops a run and sees it through to its end."""
-    unsaved = ["checkpoint.every=0"]
+    unsaved = [] if way == "node" else ["checkpoint.every=0"]
     job = bench.submit(run, layout=LAYOUT, overrides=unsaved)
     run.wait_for_step(after, seconds=200)
     WAYS[way](run, job)
+    if way == "controller":
+        finish(run, job)
+        assert run.actions == ["done"] and len(run.attempts) == 2, run.attempts
+        return {"at_step": after, "lost": 0, "actions": run.actions}
     wait(lambda: len(run.attempts) > 1 or job not in run.cluster.queue(), seconds=120, what="the stop", shown=lambda: run.log)
     said, last = status(run), max(record["step"] for record in records(run))
     if way == "stop":

@@ -1,6 +1,6 @@
 """`kill -9` of random ranks of jobs of the real trainer: what it computes in the end must not show it.
 
-A run is killed again and again until it has its steps, then another begins, in the layouts in turn. Half of the kills come at a random
+A run is killed up to six times before it has its steps, then another begins, in the layouts in turn. Half of the kills come at a random
 moment of an attempt, its start included, half a random moment after a save has begun to write. Steps, the interval of saves and the
 periods of the CMS levels have no common multiple within a run.
 """
@@ -23,6 +23,8 @@ from tools.slurm_trials.training import SAVE_EVERY, Bench, finish, records, sent
 ORDER = ("dp2", "tp2", "dp2", "tp2", "tp2dp2")
 # A kill in start-up makes no progress, and nobody is to give up because of that here.
 PATIENCE = "100000"
+KILLS_A_RUN = 6
+"""Of more, most would come in the start-up of attempts that have little left to do."""
 
 
 @dataclass
@@ -108,7 +110,7 @@ class KillTrials:
         """One run from its submission to its end, with the kills that it met."""
         job = self._bench.submit(run, layout=layout, HOPE_MAX_FRUITLESS=PATIENCE)
         reference = self._bench.reference(layout)
-        while self._left.acquire(blocking=False):
+        while len(kills) < KILLS_A_RUN and self._left.acquire(blocking=False):
             wait(lambda: len(run.processes()) > 0 or job not in run.cluster.queue(), seconds=120, what="ranks", shown=lambda: run.log)
             previous = kills[-1] if kills else None
             left = 1.0 - (previous.committed / self._bench.steps if previous else 0.0)

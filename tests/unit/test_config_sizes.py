@@ -49,3 +49,9 @@ def test_a_large_configuration_is_what_its_name_says(name, twin):
     assert config.train.steps * batch == pytest.approx(tokens, rel=1e-4)
     assert (batch, config.data.seq_len, config.model.vocab_size) == (2**19, 4096, 2**15)
     assert (config.optim.weight_decay, config.optim.schedule, config.engine.precision) == (0.1, "cosine", "bf16")
+
+
+@pytest.mark.parametrize("twin", ["hope", "transformer", "titans"])
+@pytest.mark.parametrize("name", ["760m", "1p3b"])
+def test_a_configuration_for_a_cluster_never_trains_on_its_cpus(name, twin):
+    assert load(CONFIGS / f"{twin}_{name}.toml").engine.device == "cuda"

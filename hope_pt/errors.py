@@ -18,6 +18,14 @@ class ConfigError(HopeError):
     """A configuration key, value or combination is wrong."""
 
 
+class LockedError(HopeError):
+    """A run still has a writer. Where a lost node may have left its lock the exit code is 1: an attempt that another may follow."""
+
+    def __init__(self, message: str, *, left: bool):
+        super().__init__(message)
+        self.exit_code = 1 if left else EXIT_USER_ERROR
+
+
 class DataError(HopeError):
     """A corpus, tokenizer, shard or manifest is missing, damaged or does not match the run."""
 

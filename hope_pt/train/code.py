@@ -19,9 +19,12 @@ def code_version() -> str:
 
 
 def code_text() -> str:
-    """The version, and the whole diff where the checkout has uncommitted changes."""
-    diff = _git("diff", "HEAD") if _commit() else None
-    return f"{code_version()}\n{diff or ''}"
+    """The version, and of a checkout all that differs from its commit: the names of untracked files, then the whole diff."""
+    if _commit() is None:
+        return f"{code_version()}\n"
+    # Whole untracked directories are one name: data lie there too.
+    untracked = (_git("ls-files", "--others", "--exclude-standard", "--directory", "--full-name", ":/") or "").splitlines()
+    return "".join(f"{line}\n" for line in (code_version(), *(f"untracked: {name}" for name in untracked))) + (_git("diff", "HEAD") or "")
 
 
 def _commit() -> str | None:

@@ -18,6 +18,8 @@ from hope_pt.errors import HopeError
 from hope_pt.files import replace_text
 from hope_pt.train.lock import RunLock
 
+LOST_NODE_S = 120.0
+"""Seconds that a later attempt of a batch job gives a network disk to free the lock of a lost node."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -44,11 +46,11 @@ class RunDirectory:
         self._handler: _RankLog | None = None
 
     def open(self, *, rank: int) -> None:
-        """Creates the directory, takes the lock (first rank only) and begins this rank's log; raises HopeError if another run has it."""
+        """Creates the directory, takes the lock (first rank only) and begins this rank's log; LockedError if another process has it."""
         with self._writing():
             self.logs.mkdir(parents=True, exist_ok=True)
             if rank == 0:
-                self._lock = RunLock(self.path / "lock")
+                self._lock = RunLock(self.path / "lock", wait_s=LOST_NODE_S if self.attempt > 1 else 0.0)
             self._handler = _RankLog(self.logs / f"rank-{rank}.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter(LOG_FORMAT))
         logging.getLogger("hope_pt").addHandler(self._handler)

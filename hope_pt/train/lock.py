@@ -2,36 +2,44 @@
 
 The kernel's record lock (fcntl.lockf) decides. It is not flock, because forked reader processes would inherit that one and keep it
 after their trainer was killed. The owner written into the file names the holder in messages, and stands in where the file system
-grants every lock: a living owner on this host is believed.
+grants every lock: a living owner on this host is believed. A network disk keeps the lock of a lost node until it has given the node up.
 """
 
 import fcntl
 import json
+import logging
 import os
 import socket
+import time
 from pathlib import Path
 
-from hope_pt.errors import HopeError
+from hope_pt.errors import LockedError
+
+LOG = logging.getLogger(__name__)
+_LOOK_S = 1.0
+"""Seconds between two looks at a lock that another has."""
 
 
 class RunLock:
-    """Held from construction to `release` or the death of the process; raises HopeError naming the holder if another has it."""
+    """Held from construction to `release` or the death of the process.
 
-    def __init__(self, path: str | Path):
+    Another holder has `wait_s` seconds to let go, then LockedError names it: with exit code 1 after a wait, 2 without.
+    """
+
+    def __init__(self, path: str | Path, *, wait_s: float = 0.0):
         self.path = Path(path)
         self._file = self.path.open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            granted = True
-        except OSError:
-            granted = False
-        owner = self._read_owner()
-        if not granted or _is_alive_here(owner):
-            self._file.close()
-            raise HopeError(
-                f"{self.path.parent} is being written by process {owner.get('pid', '?')} on {owner.get('host', '?')}; "
-                "wait for it, stop it, or give this run another name"
-            )
+        began = time.monotonic()
+        while not self._take():
+            held = f"{self.path.parent} is being written by {self._holder()}"
+            waited = time.monotonic() - began
+            if waited >= wait_s:
+                self._file.close()
+                after = f" after {waited:.0f} s" if wait_s else ""
+                raise LockedError(f"{held}{after}; wait for it, stop it, or give this run another name", left=wait_s > 0)
+            if waited < _LOOK_S:
+                LOG.warning("%s, or was by an attempt whose node is lost; waiting up to %.0f s", held, wait_s)
+            time.sleep(_LOOK_S)
         self._write({"host": socket.gethostname(), "pid": os.getpid(), "started": _start_time(os.getpid())})
 
     def release(self) -> None:
@@ -39,6 +47,17 @@ class RunLock:
         if not self._file.closed:
             self._write({})
             self._file.close()
+
+    def _take(self) -> bool:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return not _is_alive_here(self._read_owner())
+
+    def _holder(self) -> str:
+        owner = self._read_owner()
+        return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
 
     def _read_owner(self) -> dict:
         self._file.seek(0)

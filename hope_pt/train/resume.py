@@ -96,6 +96,13 @@ def check_config(config: RunConfig, *, stored: RunConfig, step: int, data_parall
         LOG.warning("continuing with %s: losses agree with the uninterrupted run up to rounding, not bit for bit", "; ".join(rounding))
 
 
+def compare_code(checkpoint: Checkpoint, *, now: str) -> None:
+    """Says so if the code that made the checkpoint is not the code of version `now`; a run may go on with mended code."""
+    before = checkpoint.meta.get("code_version", now)
+    if before != now:
+        LOG.warning("continuing with code %s; %s was made with code %s", now, checkpoint.path, before)
+
+
 def _same_past(config: RunConfig, *, stored: RunConfig, step: int) -> bool:
     """Whether both lengths give the steps already taken the same learning rates."""
     return all(

@@ -80,6 +80,9 @@ def run(
         newest = _find(config, directory=directory, fingerprint=train.fingerprint, data_parallel=plan.dp_size)
         if newest and newest.step >= config.train.steps:
             LOG.info("%s already has its %d steps", directory.path, newest.step)
+            if launch.rank == 0:
+                # A batch script has removed the last session's status, and believes no code without one.
+                directory.write_status(state="done", step=newest.step, num_steps=config.train.steps, checkpoint=newest.step)
             return RunResult(path=directory.path, steps=newest.step)
         job = _Job(config, plan=plan, directory=directory, train=train, heldout=heldout, wishes=wishes, watch=watch)
         steps = _train(job, newest=newest)
@@ -107,6 +110,8 @@ def _train(job: _Job, *, newest: checkpoint.Checkpoint | None) -> int:
     progress = restore(newest, engine=trainer) if newest else Progress()
     if newest:
         LOG.info("continuing from %s", newest.path)
+        if job.plan.rank == 0:
+            resume.compare_code(newest, now=code_version())
     elif config.train.start_from:
         load_start(config, engine=trainer, fingerprint=job.train.fingerprint)
     writer = job.plan.rank == 0

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from hope_pt.errors import HopeError
+from hope_pt.errors import HopeError, LockedError
+from hope_pt.train import directory, lock
 from hope_pt.train.lock import RunLock
 
 
@@ -83,3 +84,19 @@ def test_a_process_id_that_was_used_again_is_not_the_owner(holder, tmp_path):
         RunLock(tmp_path / "other")
     (tmp_path / "other").write_text(json.dumps({**record, "started": record["started"] - 1}))
     RunLock(tmp_path / "other").release()
+
+
+@pytest.mark.parametrize(("attempt", "code"), [(1, 2), (2, 1)])
+def test_a_later_attempt_waits_for_the_lock_of_a_lost_node_and_may_be_repeated(attempt, code, holder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(directory, "LOST_NODE_S", 0.2)
+    monkeypatch.setattr(lock, "_LOOK_S", 0.05)
+    with pytest.raises(LockedError, match=f"is being written by process {holder.pid} on ") as refused:
+        directory.RunDirectory(tmp_path, attempt=attempt).open(rank=0)
+    assert refused.value.exit_code == code
+    assert [line.count("waiting up to") for line in caplog.messages] == [1] * (attempt - 1)
+
+
+def test_a_lock_that_is_freed_meanwhile_is_taken(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_LOOK_S", 0.05)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: holder.kill())
+    RunLock(tmp_path / "lock", wait_s=60.0).release()

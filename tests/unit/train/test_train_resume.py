@@ -114,3 +114,12 @@ def test_the_generators_continue_where_they_were():
     assert draw() != first
     rng.restore(states)
     assert draw() == first
+
+
+def test_code_that_has_changed_is_said_and_not_refused(caplog):
+    before = stored(tiny_run(), code_version="4f1c2a90d3b7")
+    resume.compare_code(before, now="4f1c2a90d3b7")
+    resume.compare_code(stored(tiny_run()), now="4f1c2a90d3b7")
+    assert caplog.text == ""
+    resume.compare_code(before, now="0a1b2c3d4e5f+changes")
+    assert "continuing with code 0a1b2c3d4e5f+changes; runs/x/step was made with code 4f1c2a90d3b7" in caplog.text

@@ -11,6 +11,6 @@ shift
 HOPE_CHAIN=hope-chain-${HOPE_RUN:-run}-$(date +%Y%m%d-%H%M%S)-$$
 export HOPE_CHAIN HOPE_LINEAGE=$HOPE_CHAIN HOPE_REQUEUE=0
 for ((i = 1; i <= links; i++)); do
-  sbatch --parsable --job-name="$HOPE_CHAIN" --dependency=singleton --no-requeue "$@"
+  sbatch --parsable --job-name="$HOPE_CHAIN" --dependency=singleton --no-requeue --export=ALL "$@"
 done
 echo "hope: chain $HOPE_CHAIN of $links links"

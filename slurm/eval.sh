@@ -10,7 +10,7 @@
 
 here=$(dirname "${BASH_SOURCE[0]}")
 # sbatch runs a copy of this file; the job's record says where the original lies (the last job of an array has the records of all).
-[ -e "$here/lib/run.sh" ] || here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\.sh\).*/\1/p' | head -1)")
+[ -e "$here/lib/run.sh" ] || here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q;}')")
 # shellcheck source=lib/run.sh
 . "$here/lib/run.sh" || exit 2
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Many small runs as one job array, for example for scaling laws: every line of FILE holds the key=value arguments of one run.
 #   sbatch --array=0-$(($(grep -c . FILE) - 1))%4 slurm/sweep.sh CONFIG FILE [key=value for all ...]
-# Line I (from 0, empty lines not counted) becomes the run NAME-I, with its own directory, restarts and decision. `hope launch sweep` makes
-# such lines from lists of values and submits them.
+# Line I (from 0, empty lines not counted) becomes the run NAME-I, with its own directory, restarts and decision. A relative FILE is one of
+# the folder that it is submitted from. `hope launch sweep` runs all combinations of some values, without preflight and restarts.
 #SBATCH --job-name=hope_sweep
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -16,7 +16,7 @@
 
 here=$(dirname "${BASH_SOURCE[0]}")
 # sbatch runs a copy of this file; the job's record says where the original lies (the last job of an array has the records of all).
-[ -e "$here/lib/run.sh" ] || here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\.sh\).*/\1/p' | head -1)")
+[ -e "$here/lib/run.sh" ] || here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q;}')")
 # shellcheck source=lib/run.sh
 . "$here/lib/run.sh" || exit 2
 

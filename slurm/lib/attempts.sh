@@ -2,6 +2,7 @@
 # The run's own record of its jobs: which job owns the run, and how every attempt began and ended. Used by lib/run.sh only.
 #
 #   RUN/slurm/owner      id of the job that may write the run; taken over only when Slurm says that this job is gone
+#   RUN/slurm/owner.after-ID   who takes over from ID, for the moment that it takes
 #   RUN/slurm/attempts   one line each: `start N job=ID.RESTART step=S` and `end N job=ID.RESTART step=S from=S rc=C action=WORD`
 #
 # S is the last committed step. HOPE_RUN_DIR and HOPE_JOB are set; HOPE_LINEAGE is what belongs together: one job with its requeues, or one chain.
@@ -13,27 +14,46 @@ hope_committed() {
   echo "${last:-0}"
 }
 
-# Makes this job the run's owner; fails, naming the other, if a job that still exists has it. A hard link appears whole or not at all.
+# Makes this job the run's owner; fails, naming the other, if a job that still exists has it. A hard link appears whole or not at all, and
+# of several jobs that find the same dead owner only one can have the name that says so.
 hope_own() {
   local owner=$HOPE_RUN_DIR/slurm/owner mine=$HOPE_RUN_DIR/slurm/.owner-$HOPE_JOB other
+  if ! echo "$HOPE_JOB" > "$mine"; then
+    echo "hope: cannot write $mine, see above; make room, or set out= to another place" >&2
+    return 1
+  fi
   for _ in 1 2 3; do
-    echo "$HOPE_JOB" > "$mine" || return 1
-    if ln "$mine" "$owner" 2> /dev/null; then
-      rm -f "$mine"
-      return 0
-    fi
-    rm -f "$mine"
-    other=$(cat "$owner" 2> /dev/null)
-    [ "$other" = "$HOPE_JOB" ] && return 0
-    if [ -n "$other" ] && hope_job_exists "$other"; then
+    ln "$mine" "$owner" 2> /dev/null && break
+    other=$(hope_owner)
+    [ -n "$other" ] || continue
+    [ "$other" != "$HOPE_JOB" ] || break
+    if hope_job_exists "$other"; then
       echo "hope: run $HOPE_RUN belongs to job $other, which still exists; wait for it, cancel it, or give this run another name" >&2
-      return 1
+      break
     fi
-    # Of two jobs that find a dead owner one renames the file; the other finds a new one when it looks again.
-    mv "$owner" "$owner.gone-$HOPE_JOB" 2> /dev/null && rm -f "$owner.gone-$HOPE_JOB"
+    ln "$mine" "$owner.after-$other" 2> /dev/null || continue
+    # A slow one may have come when all was over: then nothing leads from the owner's file to its name.
+    [ "$(hope_owner)" != "$HOPE_JOB" ] || mv -f "$mine" "$owner"
+    rm -f "$owner.after-$other"
   done
-  echo "hope: cannot take $owner; another job is taking this run at the same moment" >&2
+  rm -f "$mine"
+  if [ "$(cat "$owner" 2> /dev/null)" = "$HOPE_JOB" ]; then
+    rm -f "$owner.after-$HOPE_JOB"
+    return 0
+  fi
+  echo "hope: job $HOPE_JOB does not have run $HOPE_RUN" >&2
   return 1
+}
+
+# The job that owns the run, or is about to; nothing if none does.
+hope_owner() {
+  local owner=$HOPE_RUN_DIR/slurm/owner job next
+  job=$(cat "$owner" 2> /dev/null)
+  for _ in 1 2 3 4 5 6 7 8; do
+    next=$(cat "$owner.after-$job" 2> /dev/null)
+    job=${next:-$job}
+  done
+  echo "$job"
 }
 
 # Whether a job is anything but finished. A scheduler that does not answer is no proof of its end.
@@ -60,8 +80,8 @@ hope_next_attempt() {
   echo $((count + 1))
 }
 
-# Attempts of this lineage, counted back from the present one, that began and ended at the committed step of now. Ends that Slurm or a
-# person decided count for nothing.
+# Attempts of this lineage, counted back from the present one, that began and ended at the committed step of now. Ends that Slurm, a
+# person or a bad node decided count for nothing.
 hope_fruitless() {
   local now
   now=$(hope_committed)
@@ -69,6 +89,13 @@ hope_fruitless() {
     echo 0
     return
   fi
-  grep "^end .* job=$HOPE_LINEAGE\\." "$HOPE_RUN_DIR/slurm/attempts" 2> /dev/null | grep -v ' action=leave ' |
+  grep "^end .* job=$HOPE_LINEAGE\\." "$HOPE_RUN_DIR/slurm/attempts" 2> /dev/null | grep -vE ' action=(leave|preempted|exclude) ' |
     awk -v now="$now" '{ count = ($4 == "step=" now && $5 == "from=" now) ? count + 1 : 0 } END { print count + 1 }'
+}
+
+# Attempts of this lineage right before the present one that began at its step and left no end: their nodes were lost, or the job was
+# requeued by somebody.
+hope_vanished() {
+  grep " job=$HOPE_LINEAGE\\." "$HOPE_RUN_DIR/slurm/attempts" 2> /dev/null |
+    awk -v from="step=$HOPE_FROM" '{ count = ($1 == "start" && $4 == from) ? count + 1 : 0 } END { print (count ? count - 1 : 0) }'
 }

@@ -36,6 +36,8 @@ hope_address() {
 
 # Defaults that a cluster file or the caller may override.
 hope_defaults() {
+  # Since Slurm 22.05 srun does not take the cores of a task from its job: without this every rank may be bound to one.
+  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
   export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1} PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   # Several ranks and reader processes share a node: without this, tensor parallelism does not overlap its messages on older GPUs.
@@ -60,11 +62,13 @@ hope_program() {
 }
 
 # hope_step COMMAND...: fills the array `step` with the srun line that starts COMMAND once for each task, in the cluster's container.
-# Numbers of nodes and tasks are the job's own: srun inherits them.
+# Numbers of nodes and tasks are the job's own: srun inherits them. A container sees the repository, the folder of the run and HOPE_MOUNTS.
 hope_step() {
   step=(srun --kill-on-bad-exit=1 --label --unbuffered)
   [ -z "${HOPE_SRUN_OPTIONS:-}" ] || { local -a more; read -ra more <<< "$HOPE_SRUN_OPTIONS"; step+=("${more[@]}"); }
-  local mounts=$HOPE_ROOT:$HOPE_ROOT${HOPE_MOUNTS:+,$HOPE_MOUNTS}
+  local mounts=$HOPE_ROOT:$HOPE_ROOT runs=${HOPE_RUN_DIR:+$(dirname "$HOPE_RUN_DIR")}
+  [[ -z $runs || $runs/ = $HOPE_ROOT/* ]] || mounts+=,$runs:$runs
+  mounts+=${HOPE_MOUNTS:+,$HOPE_MOUNTS}
   if [ "${HOPE_CONTAINER:-none}" != none ] && [ -z "${HOPE_IMAGE:-}" ]; then
     echo "hope: HOPE_CONTAINER = '$HOPE_CONTAINER' without HOPE_IMAGE; name the image in the cluster's file" >&2
     return 2
@@ -77,7 +81,7 @@ hope_step() {
       ;;
     apptainer)
       step+=(apptainer exec --bind "$mounts" --pwd "$HOPE_ROOT")
-      [ "${HOPE_GPUS_PER_NODE:-0}" = 0 ] || step+=(--nv)
+      [ "${HOPE_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}" = 0 ] || step+=(--nv)
       step+=("$HOPE_IMAGE" "$@")
       ;;
     *)

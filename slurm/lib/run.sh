@@ -44,6 +44,7 @@ hope_job() {
   # What the last attempt left must not decide about this one.
   rm -f "$HOPE_RUN_DIR/status.json" "$HOPE_RUN_DIR/slurm/verdict" "$HOPE_RUN_DIR/slurm/bad-node"
   hope_defaults
+  [ "$(hope_vanished)" -lt $((2 * ${HOPE_MAX_FRUITLESS:-3})) ] || hope_close give-up 1
   hope_address || hope_finish 1
   echo "hope: run $HOPE_RUN, attempt $HOPE_ATTEMPT from step $HOPE_FROM, job $HOPE_JOB on $SLURM_JOB_NODELIST, rank 0 at $MASTER_ADDR:$MASTER_PORT"
   hope_preflight
@@ -54,7 +55,7 @@ hope_job() {
 
 # Sets config, overrides, out, dry_run and exports HOPE_RUN, HOPE_RUN_DIR. Relative paths are relative to the repository.
 hope_arguments() {
-  config=$1 overrides=() dry_run='' out=${HOPE_OUT:-}
+  config=$1 overrides=() dry_run='' out=
   local name=${HOPE_RUN:-}
   shift
   while [ $# -gt 0 ]; do
@@ -71,7 +72,7 @@ hope_arguments() {
   [ -z "${HOPE_CLUSTER:-}" ] || hope_cluster "$HOPE_CLUSTER" || return 2
   cd "$HOPE_ROOT" || return 2
   [ -r "$config" ] || { echo "hope: $config: no such configuration file below $HOPE_ROOT" >&2; return 2; }
-  name=${name:-$(hope_top_key name)} out=${out:-$(hope_top_key out)}
+  name=${name:-$(hope_top_key name)} out=${out:-${HOPE_OUT:-$(hope_top_key out)}}
   HOPE_RUN=${name:-$(basename "$config" .toml)}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID} out=${out:-runs}
   [[ $HOPE_RUN =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || { echo "hope: HOPE_RUN = '$HOPE_RUN': letters, digits, . _ - only" >&2; return 2; }
   [[ $out = /* ]] || out=$HOPE_ROOT/$out
@@ -110,7 +111,7 @@ hope_wait() {
 }
 
 # Looks at the nodes before the trainer joins them (hope_pt/launch/preflight.py writes the names of bad ones). A job with a bad node is
-# requeued without it, at most twice.
+# requeued without it, at most twice; of a chain the next links leave it out.
 hope_preflight() {
   [ "${HOPE_PREFLIGHT:-1}" != 0 ] || return 0
   local bad exclusions
@@ -118,43 +119,73 @@ hope_preflight() {
   hope_wait "${step[@]}"
   bad=$(sort -u "$HOPE_RUN_DIR/slurm/bad-node" 2> /dev/null | paste -sd,)
   [ "$rc" != 0 ] || return 0
-  [ -n "$bad" ] || hope_finish "$rc"
-  exclusions=$(grep -c "^end .* job=$HOPE_LINEAGE\\..* action=exclude " "$HOPE_RUN_DIR/slurm/attempts")
-  if [ "$exclusions" -ge 2 ] || [ "${HOPE_REQUEUE:-1}" = 0 ] || [ "$(hope_job_state)" != RUNNING ]; then
-    echo "hope: bad nodes $bad, see above; this job leaves out nodes at most twice. Submit it again with --exclude=$bad"
-    echo 93 > "$HOPE_RUN_DIR/slurm/verdict"
+  if [ -z "$bad" ] || [ "$(hope_job_state)" != RUNNING ]; then
     hope_finish "$rc"
   fi
-  hope_record end "from=$HOPE_FROM" "rc=$rc action=exclude bad=$bad"
-  echo "hope: requeued without $bad"
-  hope_requeue "$bad"
-  hope_finish "$rc"
+  exclusions=$(grep -c "^end .* job=$HOPE_LINEAGE\\..* action=exclude " "$HOPE_RUN_DIR/slurm/attempts")
+  if [ -n "${HOPE_CHAIN:-}" ] || { [ "$exclusions" -lt 2 ] && [ "${HOPE_REQUEUE:-1}" != 0 ]; }; then
+    hope_close exclude "$rc" "$bad"
+  else
+    hope_close nodes "$rc" "$bad"
+  fi
 }
 
-# Requeues this job, without the nodes $1 if given; returns only if Slurm refuses. Slurm ends this shell meanwhile, but not before
-# KillWait seconds after a SIGTERM, and the nodes of a job cannot be changed before it is requeued.
+# Requeues this job, without the nodes $1 if given; returns only if Slurm refuses, and then says why. Slurm ends this shell meanwhile, but
+# not before KillWait seconds after a SIGTERM. A cancelled job stays cancelled, also if that happened a moment ago.
 hope_requeue() {
-  local excluded more
-  excluded=$(scontrol show job "$HOPE_JOB" | sed -n 's/.* ExcNodeList=//p')
-  [ "$excluded" != "(null)" ] || excluded=
-  scontrol requeue "$HOPE_JOB" || return 1
-  if [ -n "${1:-}" ]; then
-    more=$excluded${excluded:+,}$1
-    for _ in 1 2 3 4 5 6 7 8 9 10; do
-      scontrol update "JobId=$HOPE_JOB" "ExcNodeList=$more" 2> /dev/null && break
-      sleep 0.3
-    done
-  fi
+  local which=incomplete
+  # At its time limit a job is not what Slurm calls incomplete any more.
+  [ "$(hope_job_state)" != TIMEOUT ] || which=
+  # shellcheck disable=SC2086
+  hope_scontrol requeue $which "$HOPE_JOB" > /dev/null || return 1
+  [ -z "${1:-}" ] || hope_leave_out "$1" "$HOPE_JOB"
   sleep 120
   exit 1
 }
 
+# hope_leave_out NODES JOB...: these jobs will not start on these nodes. Those of a job cannot be changed before it is requeued.
+hope_leave_out() {
+  local bad=$1 job excluded
+  shift
+  for job; do
+    excluded=$(hope_scontrol show job "$job" | sed -n 's/.* ExcNodeList=//p')
+    [ "$excluded" != "(null)" ] || excluded=
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+      scontrol update "JobId=$job" "ExcNodeList=$excluded${excluded:+,}$bad" 2> /dev/null && continue 2
+      sleep 0.3
+    done
+    echo "hope: job $job may start on $bad again: scontrol cannot change its nodes" >&2
+  done
+}
+
+# scontrol with patience: while the controller is away (a restart, a fail-over), for HOPE_CONTROLLER_S seconds; and again if the signal that
+# ends a job has met scontrol too.
+hope_scontrol() {
+  local said code end=$((SECONDS + ${HOPE_CONTROLLER_S:-600}))
+  while :; do
+    said=$(scontrol "$@" 2>&1)
+    code=$?
+    case $code,$said in
+      0,*) echo "$said"; return 0 ;;
+      1[2-5]?,* | *"nable to contact"* | *"onnection refused"* | *"timed out"* | *"Zero Bytes"*) ;;
+      *) break ;;
+    esac
+    [ "$SECONDS" -lt "$end" ] || break
+    sleep 1
+  done
+  echo "hope: scontrol $*: $said" >&2
+  return 1
+}
+
+# Also PREEMPTED for a job that runs and must make room, TIMEOUT for one that Slurm ends at its limit; empty if Slurm does not know the job.
 hope_job_state() {
   local said state
-  said=$(scontrol show job "$HOPE_JOB" 2> /dev/null)
+  said=$(hope_scontrol show job "$HOPE_JOB")
   state=$(sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p' <<< "$said")
   if [ "$state" = RUNNING ] && grep -q ' PreemptTime=[0-9]' <<< "$said"; then
     state=PREEMPTED
+  elif [ "$state" = COMPLETING ] && grep -q ' Reason=TimeLimit ' <<< "$said"; then
+    state=TIMEOUT
   fi
   echo "$state"
 }
@@ -164,23 +195,38 @@ hope_status() {
   sed -n "s/^ *\"$1\": *\"\([^\"]*\)\".*/\1/p" "$HOPE_RUN_DIR/status.json" 2> /dev/null | head -1
 }
 
-# hope_finish RC: decides, records, and ends this script.
+# hope_finish RC: decides, and closes the attempt.
 hope_finish() {
-  local rc=$1 verdict job_state action
-  verdict=$(cat "$HOPE_RUN_DIR/slurm/verdict" 2> /dev/null)
+  local verdict
+  verdict=$(readlink "$HOPE_RUN_DIR/slurm/verdict")
   job_state=$(hope_job_state)
-  action=$(hope_decide "$rc" "$verdict" "$(hope_status state)" "$(hope_status reason)" "$job_state" "$(hope_fruitless)")
-  hope_record end "from=$HOPE_FROM" "rc=$rc action=$action"
-  echo "hope: attempt $HOPE_ATTEMPT ended with code $rc at committed step $(hope_committed): $(hope_say "$action" "$job_state")"
-  if [ "$action" = requeue ] && [ "${HOPE_REQUEUE:-1}" != 0 ]; then
-    hope_requeue
-    echo "hope: this cluster does not let jobs requeue themselves; use slurm/chain.sh" >&2
-  fi
+  hope_close "$(hope_decide "$1" "$verdict" "$(hope_status state)" "$(hope_status reason)" "$job_state" "$(hope_fruitless)")" "$1"
+}
+
+# hope_close ACTION RC [BAD NODES]: records and says what was decided, does it, and ends this script.
+hope_close() {
+  local action=$1 rc=$2 bad=${3:-}
+  hope_record end "from=$HOPE_FROM" "rc=$rc action=$action${bad:+ bad=$bad}"
+  echo "hope: attempt $HOPE_ATTEMPT ended with code $rc at committed step $(hope_committed): $(hope_say "$action" "${job_state:-}")${bad:+: $bad}"
+  case $action in
+    requeue | preempted | exclude)
+      if [ "${HOPE_REQUEUE:-1}" != 0 ]; then
+        hope_requeue "$bad"
+        echo "hope: this job could not be requeued, see above; where jobs may not requeue themselves use slurm/chain.sh" >&2
+      elif [ -n "$bad" ]; then
+        # shellcheck disable=SC2046
+        hope_leave_out "$bad" $(squeue --noheader --format=%i --state=PENDING --name="$HOPE_CHAIN" --user="$(id -un)")
+      fi
+      ;;
+    leave) ;;
+    *)
+      if [ -n "${HOPE_CHAIN:-}" ]; then
+        echo "hope: the links of chain $HOPE_CHAIN that still wait are cancelled"
+        scancel --state=PENDING --name="$HOPE_CHAIN" --user="$(id -un)"
+      fi
+      ;;
+  esac
   hope_disown
-  if [ -n "${HOPE_CHAIN:-}" ] && [ "$action" != requeue ] && [ "$action" != leave ]; then
-    echo "hope: the links of chain $HOPE_CHAIN that still wait are cancelled"
-    scancel --state=PENDING --name="$HOPE_CHAIN" --user="$(id -un)"
-  fi
   exit "$(hope_exit_code "$action")"
 }
 

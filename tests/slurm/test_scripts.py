@@ -24,7 +24,7 @@ def bash(text: str, *arguments: str, **environment: str) -> str:
 # rc, verdict, state, reason, job state, fruitless attempts -> action, exit code of the job
 TABLE = [
     ((0, "", "done", "", "RUNNING", 0), "done", 0),
-    ((0, "", "", "", "RUNNING", 0), "done", 0),  # the run had all its steps already and wrote nothing
+    ((0, "", "", "", "RUNNING", 1), "requeue", 1),  # nothing was written where this script reads: that proves no end
     ((0, "", "done", "", "COMPLETING", 0), "done", 0),
     ((0, "", "done", "", "PREEMPTED", 0), "done", 0),
     ((0, "", "stopped", "usr1", "RUNNING", 0), "requeue", 1),
@@ -33,12 +33,14 @@ TABLE = [
     ((0, "", "stopped", "term", "RUNNING", 0), "stopped", 0),
     ((0, "", "stopped", "stop", "RUNNING", 0), "stopped", 0),
     ((143, "", "stopped", "term", "RUNNING", 0), "requeue", 1),  # srun sends SIGTERM when one rank has failed
-    ((0, "", "stopped", "term", "PREEMPTED", 0), "requeue", 1),
-    ((143, "", "running", "", "PREEMPTED", 3), "requeue", 1),  # preemption is not the run's fault
+    ((0, "", "stopped", "term", "PREEMPTED", 0), "preempted", 1),
+    ((143, "", "running", "", "PREEMPTED", 3), "preempted", 1),  # preemption is not the run's fault
     ((143, "", "running", "", "COMPLETING", 0), "leave", 1),
     ((143, "", "stopped", "term", "CANCELLED", 0), "leave", 1),
     ((143, "2", "failed", "", "CANCELLED", 0), "leave", 1),
-    ((0, "", "stopped", "usr1", "TIMEOUT", 0), "leave", 1),
+    ((0, "", "stopped", "usr1", "TIMEOUT", 0), "requeue", 1),
+    ((0, "", "stopped", "term", "TIMEOUT", 0), "requeue", 1),  # Slurm's own SIGTERM, nobody's wish
+    ((143, "", "running", "", "TIMEOUT", 3), "give-up", 93),
     ((1, "", "running", "", "", 0), "leave", 1),  # the scheduler does not answer: no proof that the job was not cancelled
     ((143, "2", "", "", "RUNNING", 0), "user", 2),
     ((143, "93", "diverged", "", "RUNNING", 0), "never", 93),
@@ -77,12 +79,112 @@ def record(path: Path, lines: list[str], *, committed: int, start: int, lineage:
         (["4 from=4", "8 from=4"], 8, 8, 1),  # the attempt before this one has advanced
         (["8 from=8", "8 from=8"], 16, 8, 0),
         (["8 from=8 rc=0 action=leave", "8 from=8"], 8, 8, 2),  # a cancellation or requeue by others counts for nothing
+        (["8 from=8 rc=3 action=exclude bad=n2", "8 from=8 rc=143 action=preempted", "8 from=8"], 8, 8, 2),
     ],
 )
 def test_attempts_without_progress_are_counted(tmp_path, ends, committed, start, fruitless):
     lines = [f"end {n} job=7.{n} step={end}{'' if 'action' in end else ' rc=1 action=requeue'} time=x" for n, end in enumerate(ends)]
     other = ["end 1 job=6.0 step=8 from=8 rc=1 action=requeue time=x", "end 1 job=77.0 step=8 from=8 rc=1 action=requeue time=x"]
     assert record(tmp_path, [*other, *lines], committed=committed, start=start).split() == [str(fruitless), str(committed), "1"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "vanished"),
+    [
+        (["start 1 job=7.0 step=8"], 0),
+        (["start 1 job=7.0 step=8", "start 2 job=7.1 step=8", "start 3 job=7.2 step=8"], 2),
+        (["start 1 job=7.0 step=0", "start 2 job=7.1 step=8", "start 3 job=7.2 step=8"], 1),
+        (["start 1 job=7.0 step=8", "end 1 job=7.0 step=8 from=8", "start 2 job=7.1 step=8", "start 3 job=7.2 step=8"], 1),
+        (["start 1 job=6.0 step=8", "start 2 job=77.0 step=8", "start 3 job=7.0 step=8"], 0),
+    ],
+)
+def test_attempts_that_left_no_end_are_counted(tmp_path, lines, vanished):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "attempts").write_text("".join(f"{line} nodes=n1 time=x\n" for line in lines))
+    settings = {"HOPE_RUN_DIR": str(tmp_path), "HOPE_LINEAGE": "7", "HOPE_FROM": "8"}
+    assert bash(f". {LIB}/attempts.sh; hope_vanished", **settings) == str(vanished)
+
+
+def take(path: Path, job: str, *, slow: float = 0.0) -> subprocess.Popen:
+    """A shell that takes the run as `job`; jobs below 20 still exist, and squeue needs `slow` seconds to say so."""
+    text = f". {LIB}/attempts.sh; hope_job_exists() {{ sleep {slow}; [ $1 -lt 20 ]; }}; hope_own && echo has it"
+    environment = os.environ | {"HOPE_RUN_DIR": str(path), "HOPE_RUN": "x", "HOPE_JOB": job}
+    return subprocess.Popen(["bash", "-c", text], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("slow", [(0.0, 0.3), (0.3, 0.0), (0.1, 0.1)])
+def test_of_two_jobs_that_find_a_dead_owner_one_gets_the_run(tmp_path, slow):
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    (folder / "owner").write_text("99\n")
+    shells = [take(tmp_path, str(11 + number), slow=seconds) for number, seconds in enumerate(slow)]
+    said = [shell.communicate() for shell in shells]
+    winners = [number for number, (out, _) in enumerate(said) if "has it" in out]
+    assert len(winners) == 1 and (folder / "owner").read_text() == f"{11 + winners[0]}\n", said
+    assert f"belongs to job {11 + winners[0]}" in said[1 - winners[0]][1]
+    assert sorted(path.name for path in folder.iterdir()) == ["owner"]
+
+
+def test_a_run_whose_next_owner_died_while_it_took_over_can_be_taken(tmp_path):
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    (folder / "owner").write_text("98\n")
+    (folder / "owner.after-98").write_text("99\n")
+    assert "has it" in take(tmp_path, "11").communicate()[0] and (folder / "owner").read_text() == "11\n"
+    (folder / "owner.after-98").unlink()
+    assert sorted(path.name for path in folder.iterdir()) == ["owner"]
+    (folder / "owner.after-11").write_text("12\n")
+    assert "belongs to job 12" in take(tmp_path, "13").communicate()[1]
+
+
+def test_a_full_disk_is_named_before_anything_is_started(tmp_path):
+    (tmp_path / "slurm").write_text("no directory")
+    assert "make room, or set out= to another place" in take(tmp_path, "11").communicate()[1]
+
+
+def fake_scontrol(folder: Path, text: str) -> dict[str, str]:
+    """A scontrol in the PATH of the test that does as `text`; `n` counts its calls."""
+    script = folder / "scontrol"
+    script.write_text(f"#!/bin/bash\nn=$(($(cat {folder}/n 2> /dev/null) + 1)); echo $n > {folder}/n\n{text}\n")
+    script.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "HOPE_JOB": "7"}
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        ("echo '   JobState=RUNNING Reason=None'; echo '   PreemptEligibleTime=x PreemptTime=None'", "RUNNING"),
+        ("echo '   JobState=RUNNING Reason=None'; echo '   PreemptEligibleTime=x PreemptTime=2026-11-21T23:06:27'", "PREEMPTED"),
+        ("echo '   JobState=COMPLETING Reason=TimeLimit Dependency=(null)'", "TIMEOUT"),
+        ("echo '   JobState=COMPLETING Reason=None Dependency=(null)'", "COMPLETING"),
+        (
+            '[ $n -gt 2 ] && echo "   JobState=RUNNING Reason=None" || { echo "error: Unable to contact slurm controller" >&2; exit 1; }',
+            "RUNNING",
+        ),
+        ('[ $n -gt 1 ] && echo "   JobState=RUNNING Reason=None" || kill -TERM $$', "RUNNING"),
+    ],
+)
+def test_the_state_of_a_job_is_asked_until_slurm_answers(tmp_path, text, state):
+    assert bash(f". {LIB}/run.sh; hope_job_state", **fake_scontrol(tmp_path, text)) == state
+
+
+def test_a_controller_that_stays_away_is_said(tmp_path):
+    settings = fake_scontrol(tmp_path, 'echo "error: Unable to contact slurm controller" >&2; exit 1')
+    said = bash(f". {LIB}/run.sh; hope_job_state", **settings, HOPE_CONTROLLER_S="1")
+    assert said == "hope: scontrol show job 7: error: Unable to contact slurm controller"
+
+
+def arguments(*words: str, **environment: str) -> list[str]:
+    text = f'. {LIB}/run.sh; hope_arguments "$@" && printf "%s\n" "$HOPE_RUN_DIR" "${{HOPE_MAX_FRUITLESS:-3}}"'
+    return bash(text, "configs/hope_1p3b.toml", *words, **environment).splitlines()
+
+
+def test_a_cluster_file_says_where_runs_lie_and_how_often_they_are_tried(tmp_path):
+    file = tmp_path / "site.env"
+    file.write_text("HOPE_OUT=/scratch/me\nHOPE_MAX_FRUITLESS=7\n")
+    assert arguments(HOPE_CLUSTER=str(file)) == ["/scratch/me/hope_1p3b", "7"]
+    assert arguments("out=/other", "name=x", HOPE_CLUSTER=str(file)) == ["/other/x", "7"]
+    assert arguments() == [f"{ROOT}/runs/hope_1p3b", "3"]
 
 
 def test_checkpoints_on_another_disk_count(tmp_path):
@@ -113,6 +215,24 @@ def test_the_srun_line_with_pyxis():
         "--no-container-entrypoint",
         *(f"{LIB}/task.sh", "hope", "train", "c.toml"),
     ]
+
+
+def test_a_container_sees_the_folder_of_the_run():
+    values = {"HOPE_CONTAINER": "apptainer", "HOPE_IMAGE": "/hope.sif", "HOPE_MOUNTS": "/data:/data"}
+    for run, mounts in (
+        ("/scratch/me/x", f"{ROOT}:{ROOT},/scratch/me:/scratch/me,/data:/data"),
+        (f"{ROOT}/runs/x", f"{ROOT}:{ROOT},/data:/data"),
+    ):
+        line = srun_line(job(**values), arguments=["c.toml"], environment=os.environ | {"HOPE_RUN_DIR": run})
+        assert f" --bind {mounts} ".replace(",", "\\,") in line
+
+
+def test_the_job_finds_its_library_whatever_its_arguments_are():
+    line = "   Command=/my place/slurm/hope_1p3b.sh data.path=/data/tiny.shakespeare a.sh b=/slurm/x.sh"
+    text = next(part for part in (ROOT / "slurm" / "hope_1p3b.sh").read_text().split("'") if "Command=" in part)
+    for said in (line, line.partition(" data")[0]):
+        done = subprocess.run(["sed", "-n", text], input=f"JobId=7\n{said}\n   WorkDir=/\n", capture_output=True, text=True, check=True)
+        assert done.stdout == "/my place/slurm/hope_1p3b.sh\n"
 
 
 @pytest.mark.parametrize("gpus", ["8", "0"])

@@ -6,15 +6,14 @@ written and torch is not needed, so it works on a login node and from cron.
 
 import json
 import re
-import shutil
 import statistics
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from hope_pt.errors import ConfigError
+from hope_pt.errors import ConfigError, HopeError
 
 STALL_S = 1800.0
 """Seconds without a sign of life after which a run is taken for dead."""
@@ -70,16 +69,20 @@ def run_status(path: Path, *, stall_s: float = STALL_S, flops_rate: float | None
     last = lines[-1] if lines else {}
     attempts = read_attempts(path)
     owner, sign = owner_state(path), max(said.get("time", 0.0), last.get("time", 0.0))
+    # A start is a sign of life too: what hangs before its first step has written nothing else.
+    alive = max(sign, start_time(attempts))
     starts = sum(one["what"] == "start" for one in attempts)
     step, num_steps = max(last.get("step", 0), said.get("step", 0)), said.get("num_steps", 0)
     speeds = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]
     speed = statistics.median(speeds) if speeds else None
     seconds = _step_seconds(lines)
-    silent = now - sign if sign else None
+    silent = now - alive if alive else None
     state = said.get("state") or ("starting" if owner else "unknown")
     # A run that hangs while it closes has all that it was to have.
-    hang = "" if state in ("done", "stopped") else hang_report(path, attempts=attempts, last_sign=sign)
-    return RunStatus(
+    hang = "" if state in ("done", "stopped") else hang_report(path, last_sign=alive)
+    # A run whose checkpoints lie elsewhere says its last one in status.json only.
+    saved = max(committed_step(path), said.get("checkpoint", 0))
+    found = RunStatus(
         name=path.name,
         state=state,
         reason=said.get("reason", ""),
@@ -91,15 +94,15 @@ def run_status(path: Path, *, stall_s: float = STALL_S, flops_rate: float | None
         mfu=speed * flops_rate if speed and flops_rate else None,
         eta_s=seconds * max(num_steps - step, 0) if seconds and num_steps else None,
         skips=last.get("skips", 0),
-        # A run whose checkpoints lie elsewhere says its last one in status.json only.
-        checkpoint=max(committed_step(path), said.get("checkpoint", 0)),
+        checkpoint=saved,
         restarts=max(starts - 1, 0),
         job=owner,
         silent_s=silent,
         message=said.get("message", ""),
         hang=hang,
-        problem=_problem(state, attempts=attempts, owner=owner, silent=silent, stall_s=stall_s, hang=hang),
+        problem="",
     )
+    return replace(found, problem=_problem(found, path=path, attempts=attempts, stall_s=stall_s))
 
 
 def has_ended(path: Path, *, now: float | None = None) -> bool:
@@ -111,22 +114,44 @@ def has_ended(path: Path, *, now: float | None = None) -> bool:
     return (time.time() if now is None else now) - sign > STALL_S
 
 
-def _problem(state: str, *, attempts: list[dict[str, str]], owner: str, silent: float | None, stall_s: float, hang: str) -> str:
-    if hang:
-        return hang
+def has_stopped(found: RunStatus) -> bool:
+    """Whether nothing will change by itself: all steps taken, stopped by a person, diverged, or failed with no job to start it again."""
+    by_person = found.state == "interrupted" or (found.state == "stopped" and found.reason in ("term", "stop"))
+    return by_person or found.state in ("done", "diverged") or (found.state == "failed" and not _has_job(found))
+
+
+def _has_job(found: RunStatus) -> bool:
+    return bool(found.job) and not found.job.endswith("(unknown)")
+
+
+def _problem(found: RunStatus, *, path: Path, attempts: list[dict[str, str]], stall_s: float) -> str:
+    """The first that is true, the most telling first."""
+    if found.hang:
+        return found.hang
     ends = [one for one in attempts if one["what"] == "end"]
     if ends and ends[-1].get("action") in ("give-up", "never", "user") and attempts[-1] is ends[-1]:
         return f"the last attempt ended with {ends[-1]['action']!r}: it will not start again by itself"
-    if state in ("failed", "diverged"):
-        return f"the run has {state}"
-    if state == "running" and silent is not None and silent > stall_s:
-        return f"no sign of life for {silent:.0f} s"
-    if state == "running" and attempts and not owner and shutil.which("squeue"):
-        return "status.json says running, but no job has the run: it was killed"
+    if has_stopped(found):
+        return f"the run has {found.state}" if found.state in ("failed", "diverged") else ""
+    if attempts and not found.job and _queue_is_without(path):
+        left = found.num_steps - found.checkpoint
+        missing = f"{left} steps are" if left > 0 else "the end of the run is"
+        return f"{missing} missing and no job has the run: it will not start again by itself"
+    waits = found.job.endswith(("(PENDING)", "(CONFIGURING)"))
+    if (found.state == "running" or _has_job(found)) and not waits and found.silent_s is not None and found.silent_s > stall_s:
+        return f"no sign of life for {found.silent_s:.0f} s"
     recent = [one for one in ends[-3:] if one.get("action") == "requeue"]
     if len(recent) == 3 and len({one.get("step") for one in recent}) == 1:
         return "three restarts at the same committed step"
     return ""
+
+
+def _queue_is_without(path: Path) -> bool:
+    """Whether Slurm says that no job of the run runs or waits; where it cannot be asked nobody knows."""
+    try:
+        return not jobs_of(path)
+    except HopeError:
+        return False
 
 
 def read_status(path: Path) -> dict:
@@ -172,19 +197,27 @@ def read_attempts(path: Path) -> list[dict[str, str]]:
     return found
 
 
-def hang_report(path: Path, *, attempts: list[dict[str, str]], last_sign: float) -> str:
-    """What the watchdog says of a hang of this attempt, without its time; empty if there is none, or only one of an earlier attempt.
-
-    last_sign: time of the newest step or status, which after the hang is a new session's; one without a batch job records no attempts.
-    """
-    file = path / "logs" / "hang.txt"
+def start_time(attempts: list[dict[str, str]]) -> float:
+    """When a batch job last started the run, in seconds since the epoch; 0 where none did."""
     starts = [one["time"] for one in attempts if one["what"] == "start" and "time" in one]
     try:
-        since = max(last_sign, datetime.fromisoformat(starts[-1]).timestamp() if starts else 0.0)
-        if file.stat().st_mtime < since:
+        return datetime.fromisoformat(starts[-1]).timestamp() if starts else 0.0
+    except ValueError:
+        # A line torn by a full disk.
+        return 0.0
+
+
+def hang_report(path: Path, *, last_sign: float) -> str:
+    """What the watchdog says of a hang of this attempt, without its time; empty if there is none, or only one of an earlier attempt.
+
+    last_sign: time of the newest start, step or status, which after the hang is a new session's.
+    """
+    file = path / "logs" / "hang.txt"
+    try:
+        if file.stat().st_mtime < last_sign:
             return ""
         return file.read_text(encoding="utf-8").partition("\n")[0].partition("  ")[2]
-    except (OSError, ValueError):
+    except OSError:
         return ""
 
 
@@ -216,16 +249,32 @@ def job_state(job: str) -> str:
 
 
 def jobs_of(path: Path) -> list[str]:
-    """Jobs in the queue that belong to a run: its owner, and what waits under the name `hope launch submit` gives."""
+    """Jobs in the queue that belong to a run: its owner, and what waits under the name `hope launch submit` gives.
+
+    Raises HopeError where Slurm does not answer.
+    """
     found = []
     owner = path / "slurm" / "owner"
     if owner.exists() and job_state(job := owner.read_text(encoding="utf-8").strip()):
         found.append(job)
     chains = {one["job"].rpartition(".")[0] for one in read_attempts(path) if one.get("job", "").startswith("hope-chain-")}
     for name in (job_name(path.name), *sorted(chains)):
-        done = subprocess.run(["squeue", "--noheader", "--me", "--format=%i", f"--name={name}"], capture_output=True, text=True, timeout=15)
-        found += [job for job in done.stdout.split() if job not in found]
+        found += [job for job in _queued(name) if job not in found]
     return found
+
+
+def _queued(name: str) -> list[str]:
+    """The user's jobs of that name."""
+    command = ["squeue", "--noheader", "--me", "--format=%i", f"--name={name}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=15)
+    except FileNotFoundError:
+        raise HopeError("squeue is not installed here; run this on a machine of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise HopeError("squeue has not answered for 15 s; is the scheduler up?") from None
+    if done.returncode:
+        raise HopeError(f"squeue refused: {' '.join(done.stderr.split())}")
+    return done.stdout.split()
 
 
 def job_name(run: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from hope_pt import config as configs
 from hope_pt.config.schema import RunConfig
 from hope_pt.errors import ConfigError, HopeError
-from hope_pt.launch.cluster import SCRIPTS, read_cluster
+from hope_pt.launch.cluster import ROOT, SCRIPTS, Cluster, read_cluster
 from hope_pt.launch.render import Job, make_job
 
 
@@ -45,10 +45,17 @@ def run(arguments: argparse.Namespace) -> None:
     actions[arguments.action](arguments)
 
 
+def _cluster(arguments: argparse.Namespace) -> Cluster:
+    return read_cluster(arguments.cluster or os.environ.get("HOPE_CLUSTER", ""), os.environ)
+
+
 def _job(arguments: argparse.Namespace) -> Job:
-    cluster = read_cluster(arguments.cluster or os.environ.get("HOPE_CLUSTER", ""), os.environ)
     return make_job(
-        Path(arguments.script), config=arguments.config, options=_options(arguments), arguments=arguments.overrides, cluster=cluster
+        Path(arguments.script),
+        config=arguments.config,
+        options=_options(arguments),
+        arguments=arguments.overrides,
+        cluster=_cluster(arguments),
     )
 
 
@@ -56,7 +63,7 @@ def _options(arguments: argparse.Namespace) -> list[str]:
     """Options of sbatch from ours; a number of tasks is a number of GPUs."""
     given = [(f"--{name}", getattr(arguments, name)) for name in ("nodes", "time", "partition")]
     tasks = arguments.tasks_per_node
-    given += [("--ntasks-per-node", tasks), ("--gres", tasks and f"gpu:{tasks}")]
+    given += [("--ntasks-per-node", tasks), ("--gres", tasks and arguments.action != "data" and f"gpu:{tasks}")]
     return [f"{name}={value}" for name, value in given if value] + [word for text in arguments.sbatch for word in shlex.split(text)]
 
 
@@ -159,10 +166,12 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _watch(arguments: argparse.Namespace) -> None:
+    from hope_pt.launch.watch import has_stopped
+
     while True:
         found = _read_status(arguments)
         print(json.dumps(found.as_dict()) if arguments.json else _lines(found), flush=True)
-        if arguments.once or found.state == "done":
+        if arguments.once or has_stopped(found):
             break
         time.sleep(arguments.every)
     if found.problem:
@@ -266,12 +275,13 @@ def _sweep(arguments: argparse.Namespace) -> None:
     from hope_pt.launch.sweep import sweep_commands
 
     values = dict(one.partition("=")[::2] for one in arguments.overrides)
-    name, out = values.get("name", Path(arguments.config).stem), values.get("out", "")
+    config, name = ROOT / arguments.config, values.get("name", Path(arguments.config).stem)
+    out = values.get("out") or _cluster(arguments).values.get("HOPE_OUT", "")
     settings = [one for one in arguments.overrides if one.partition("=")[0] not in ("name", "out")]
-    commands = sweep_commands(str(Path(arguments.config).absolute()), settings=settings, name=name, out=out and str(Path(out).absolute()))
+    commands = sweep_commands(str(config), settings=settings, name=name, out=out and str(ROOT / out))
     for command in commands:
         # A wrong key in the last job of an array should not be found tomorrow.
-        configs.load(arguments.config, list(command.arguments[2:]))
+        configs.load(config, list(command.arguments[2:]))
     _send(arguments, commands, name=f"hope-sweep-{name}")
 
 
@@ -279,10 +289,11 @@ def _tasks(arguments: argparse.Namespace) -> None:
     from hope_pt.launch.sweep import Command
 
     if arguments.action == "eval":
-        missing = [word for word in arguments.words if not (Path(word) / "checkpoints").is_dir()]
+        runs = [ROOT / word for word in arguments.words]
+        missing = [run for run in runs if not (run / "checkpoints").is_dir()]
         if missing:
             raise ConfigError(f"{missing[0]}: no run with checkpoints")
-        commands = [Command(("eval", str(Path(word).absolute()))) for word in arguments.words]
+        commands = [Command(("eval", str(run))) for run in runs]
     else:
         commands = [Command(tuple(arguments.words), program="hope-data")]
     _send(arguments, commands, name=f"hope-{arguments.action}")
@@ -290,13 +301,19 @@ def _tasks(arguments: argparse.Namespace) -> None:
 
 def _send(arguments: argparse.Namespace, commands, *, name: str) -> None:
     from hope_pt.launch.render import script_options
-    from hope_pt.launch.sweep import batch_text, parameters, submit_all
+    from hope_pt.launch.sweep import batch_text, on_cluster, parameters, submit_all
 
-    cluster = read_cluster(arguments.cluster or os.environ.get("HOPE_CLUSTER", ""), os.environ)
-    options = [*script_options(SCRIPTS / "sweep.sh"), f"--job-name={name}", *cluster.sbatch_options, *_options(arguments)]
-    settings, folder = parameters(options, name=name), Path(arguments.folder).absolute()
+    cluster = _cluster(arguments)
+    commands = on_cluster(commands, cluster=cluster)
+    script = script_options(SCRIPTS / "sweep.sh")
+    if arguments.action == "data":
+        # Tokenizing and packing are a CPU's work.
+        script = [word for word in script if not word.startswith("--gres=")]
+    options = [*script, f"--job-name={name}", *cluster.sbatch_options, *_options(arguments)]
+    settings, folder = parameters(options, name=name), ROOT / arguments.folder
     if arguments.print:
         print(batch_text(commands, folder=folder, settings=settings, parallel=arguments.parallel))
+        print(f"# in {ROOT} with {shlex.join(f'{key}={value}' for key, value in commands[0].variables) or 'no variables'}")
         for index, command in enumerate(commands):
             print(f"# {index}: {command.program} {shlex.join(command.arguments)}")
         return

@@ -64,6 +64,7 @@ def check_job(job: Job, *, environment: Mapping[str, str] = os.environ) -> tuple
         found = config
         findings.check(lambda: _layout(found, job, findings.warnings))
         findings.check(lambda: _samples(found))
+        findings.check(lambda: _mounts(found, job))
         findings.check(lambda: _disk(found, findings.warnings))
         findings.check(lambda: _existing(found))
         findings.check(lambda: _packages(found))
@@ -138,6 +139,24 @@ def _samples(config: RunConfig) -> None:
     settings = config.data.model_copy(update={"path": str(ROOT / config.data.path)}) if config.data.path else config.data
     for split in ("train", "heldout"):
         data.open_source(settings, split=split, vocab_size=config.model.vocab_size).close()
+
+
+def _mounts(config: RunConfig, job: Job) -> list[str]:
+    """What the run reads can be seen in the container, which has the repository, the run's own place and HOPE_MOUNTS."""
+    if job.cluster.container == "none":
+        return []
+    roots = [ROOT, Path(config.out), *job.cluster.mounts]
+    read = {"data.path": config.data.path, "train.start_from": config.train.start_from}
+    return [
+        f"{key} = {value!r} is neither in the repository nor below a target of HOPE_MOUNTS, so the container does not have it; mount it"
+        for key, value in read.items()
+        if value and not _is_below(ROOT / value, roots)
+    ]
+
+
+def _is_below(path: Path, roots: list[Path]) -> bool:
+    """Whether a path lies below one of the roots, and what its links lead to as well."""
+    return any(path.is_relative_to(root) for root in roots) and any(path.resolve().is_relative_to(root.resolve()) for root in roots)
 
 
 def _disk(config: RunConfig, warnings: list[str]) -> str | None:

@@ -28,6 +28,7 @@ KEYS = (
     "HOPE_JOIN_S",
     "HOPE_PREFLIGHT",
     "HOPE_MAX_FRUITLESS",
+    "HOPE_REQUEUE",
 )
 CONTAINERS = ("none", "pyxis", "apptainer")
 _LINE = re.compile(r"[A-Z][A-Z0-9_]*=.*")
@@ -55,6 +56,17 @@ class Cluster:
         """Name of the kind of GPU for the planner."""
         return self.values.get("HOPE_GPU", "") or "h100"
 
+    @property
+    def container(self) -> str:
+        """`none`, or what starts the image."""
+        return self.values.get("HOPE_CONTAINER", "") or "none"
+
+    @property
+    def mounts(self) -> list[Path]:
+        """Where HOPE_MOUNTS (SOURCE:TARGET[:options], separated by commas) can be seen inside the container."""
+        parts = [one.split(":") for one in self.values.get("HOPE_MOUNTS", "").split(",") if one]
+        return [Path(one[1] if len(one) > 1 else one[0]) for one in parts]
+
     def problems(self) -> list[str]:
         """What is wrong with the values, one sentence each."""
         found = []
@@ -65,7 +77,7 @@ class Cluster:
         gpus = self.values.get("HOPE_GPUS_PER_NODE", "")
         if gpus and not gpus.isdigit():
             found.append(f"cluster {self.name!r}: HOPE_GPUS_PER_NODE = {gpus!r}: expected a number")
-        container, image = self.values.get("HOPE_CONTAINER", "") or "none", self.values.get("HOPE_IMAGE", "")
+        container, image = self.container, self.values.get("HOPE_IMAGE", "")
         if container not in CONTAINERS:
             found.append(f"cluster {self.name!r}: HOPE_CONTAINER = {container!r}: expected none, pyxis or apptainer")
         elif container != "none" and not image:

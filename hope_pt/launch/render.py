@@ -68,8 +68,10 @@ class Job:
         return self.nodes * self.tasks_per_node
 
     def sbatch(self, *more: str) -> list[str]:
-        """The command that submits the job."""
-        return ["sbatch", *self.cluster.sbatch_options, *self.options, *more, str(self.script), *self.config_arguments, *self.arguments]
+        """The command that submits the job. At sites with SBATCH_EXPORT=NONE only --export=ALL takes HOPE_CLUSTER along."""
+        options = [*self.cluster.sbatch_options, *self.options]
+        export = [] if "export" in parse_options(options) else ["--export=ALL"]
+        return ["sbatch", *options, *more, *export, str(self.script), *self.config_arguments, *self.arguments]
 
     @property
     def config_arguments(self) -> list[str]:

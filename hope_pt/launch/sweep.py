@@ -12,11 +12,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hope_pt.errors import ConfigError
+from hope_pt.launch.cluster import ROOT, Cluster
 from hope_pt.launch.render import minutes, parse_options
 
 MAX_JOBS = 1000
@@ -28,15 +29,21 @@ _OWN = {"job-name": "job_name", "nodes": "nodes", "ntasks-per-node": "ntasks_per
 
 @dataclass(frozen=True)
 class Command:
-    """`hope ARGUMENTS` (or `hope-data`) as something that submitit can pickle, run in every task of a job, and start again."""
+    """`hope ARGUMENTS` (or `hope-data`) as something that submitit can pickle, run in every task of a job, and start again.
+
+    variables: of the cluster's file, HOPE_COMMAND among them; what the job's environment already has wins.
+    """
 
     arguments: tuple[str, ...]
     program: str = "hope"
+    variables: tuple[tuple[str, str], ...] = ()
 
     def __call__(self) -> int:
-        """Runs it with the address of rank 0 set; raises RuntimeError where it fails, so that submitit reports it."""
-        environment = {**os.environ, **_address()}
-        done = subprocess.run([Path(sys.executable).with_name(self.program), *self.arguments], env=environment)
+        """Runs it in the repository with the address of rank 0 set; raises RuntimeError where it fails, so that submitit reports it."""
+        environment = {**dict(self.variables), **os.environ, **_address()}
+        own = Path(sys.executable).with_name(self.program)
+        program = environment.get("HOPE_COMMAND") or own if self.program == "hope" else own
+        done = subprocess.run([program, *self.arguments], env=environment, cwd=ROOT)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(self.arguments)} ended with code {done.returncode}")
         return 0
@@ -72,9 +79,21 @@ def sweep_commands(config: str, *, settings: Sequence[str], name: str, out: str)
     return [Command(("train", config, *one, f"name={name}-{index}", *where)) for index, one in enumerate(grid(settings))]
 
 
+def on_cluster(commands: Sequence[Command], *, cluster: Cluster) -> list[Command]:
+    """The commands with the variables of the cluster's file. ConfigError for values that are wrong, and for a container."""
+    if problems := cluster.problems():
+        raise ConfigError("; ".join(problems))
+    if cluster.container != "none":
+        raise ConfigError(
+            f"cluster {cluster.name!r}: HOPE_CONTAINER = {cluster.container!r}, and submitit's jobs start no container; "
+            "submit slurm/sweep.sh or slurm/eval.sh with sbatch, which do, and prepare data outside of it"
+        )
+    return [replace(command, variables=tuple(sorted(cluster.values.items()))) for command in commands]
+
+
 def parameters(options: Sequence[str], *, name: str) -> dict[str, Any]:
     """Options of sbatch as submitit's parameters."""
-    given = {"job-name": name, **parse_options(options)}
+    given = {"job-name": name, "export": "ALL", **parse_options(options)}
     found: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     for key, value in given.items():

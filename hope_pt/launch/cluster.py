@@ -29,6 +29,7 @@ KEYS = (
     "HOPE_PREFLIGHT",
     "HOPE_MAX_FRUITLESS",
     "HOPE_REQUEUE",
+    "HOPE_CONTROLLER_S",
 )
 CONTAINERS = ("none", "pyxis", "apptainer")
 _LINE = re.compile(r"[A-Z][A-Z0-9_]*=.*")

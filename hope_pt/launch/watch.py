@@ -129,7 +129,7 @@ def _problem(found: RunStatus, *, path: Path, attempts: list[dict[str, str]], st
     if found.hang:
         return found.hang
     ends = [one for one in attempts if one["what"] == "end"]
-    if ends and ends[-1].get("action") in ("give-up", "never", "user") and attempts[-1] is ends[-1]:
+    if ends and ends[-1].get("action") in ("give-up", "never", "nodes", "user") and attempts[-1] is ends[-1]:
         return f"the last attempt ended with {ends[-1]['action']!r}: it will not start again by itself"
     if has_stopped(found):
         return f"the run has {found.state}" if found.state in ("failed", "diverged") else ""

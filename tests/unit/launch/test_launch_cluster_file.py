@@ -92,8 +92,9 @@ def test_a_job_takes_the_environment_along_unless_somebody_says_otherwise():
     assert "--export=ALL" not in job(HOPE_SBATCH_OPTIONS="--export NONE").sbatch()
 
 
-def test_requeue_is_a_property_of_a_site():
-    assert "HOPE_REQUEUE" in KEYS and Cluster("mine", {"HOPE_REQUEUE": "0"}).problems() == []
+@pytest.mark.parametrize("key", ["HOPE_REQUEUE", "HOPE_CONTROLLER_S", "HOPE_MAX_FRUITLESS"])
+def test_what_the_batch_scripts_ask_of_a_site_is_a_known_key(key):
+    assert key in KEYS and Cluster("mine", {key: "0"}).problems() == []
 
 
 def printed(capsys, *arguments: str) -> str:

@@ -70,6 +70,12 @@ def test_a_dead_run_is_a_problem(tmp_path, queue, ended, capsys):
     assert DEAD in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("action", ["give-up", "never", "nodes", "user"])
+def test_a_decision_against_another_start_is_named(tmp_path, queue, action):
+    queue({})
+    assert f"ended with '{action}'" in run_status(make_run(tmp_path / "run", end=action, owner="")).problem
+
+
 @pytest.mark.parametrize("known", [None, {"7": "RUNNING"}, {"7": "PENDING"}, {"hope-run": "PENDING"}], ids=str)
 def test_a_run_that_a_job_may_have_is_not_called_dead(tmp_path, queue, known):
     queue(known)

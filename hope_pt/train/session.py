@@ -80,8 +80,8 @@ def run(
         newest = _find(config, directory=directory, fingerprint=train.fingerprint, data_parallel=plan.dp_size)
         if newest and newest.step >= config.train.steps:
             LOG.info("%s already has its %d steps", directory.path, newest.step)
-            if launch.rank == 0:
-                # A batch script has removed the last session's status, and believes no code without one.
+            # A batch script removes the last session's status, and believes no code without one; a run killed at its end says "running".
+            if launch.rank == 0 and directory.state() != "done":
                 directory.write_status(state="done", step=newest.step, num_steps=config.train.steps, checkpoint=newest.step)
             return RunResult(path=directory.path, steps=newest.step)
         job = _Job(config, plan=plan, directory=directory, train=train, heldout=heldout, wishes=wishes, watch=watch)

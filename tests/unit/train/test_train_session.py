@@ -5,20 +5,26 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from hope_pt.checkpoint import Checkpoint
 from hope_pt.engine import Launch
 from hope_pt.testing.configs import tiny_run
 from hope_pt.train import code, session
 
 
-def test_a_finished_run_that_is_started_again_says_done(tmp_path, monkeypatch):
-    """A batch script removes the status before every attempt, and takes a run without one for unfinished."""
+@pytest.mark.parametrize("before", [None, "", "[]", '{"state": "running"}'])
+def test_a_finished_run_that_is_started_again_says_done(tmp_path, monkeypatch, before):
+    """A batch script removes the status before every attempt, and takes a run without one for unfinished; a kill leaves any."""
     config = tiny_run().model_copy(update={"out": str(tmp_path)})
     newest = Checkpoint(step=config.train.steps, meta={}, path=tmp_path)
     monkeypatch.setattr(session.data, "open_source", lambda *_, **__: SimpleNamespace(fingerprint="", close=lambda: None))
     for name, returned in (("check", None), ("start", SimpleNamespace(dp_size=1)), ("stop", None)):
         monkeypatch.setattr(session.engine, name, lambda *_, returned=returned, **__: returned)
     monkeypatch.setattr(session, "_find", lambda *_, **__: newest)
+    (tmp_path / config.name).mkdir()
+    if before is not None:
+        (tmp_path / config.name / "status.json").write_text(before)
     assert session.run(config, launch=Launch(attempt=3)).steps == config.train.steps
     said = json.loads((tmp_path / config.name / "status.json").read_text())
     expected = {"state": "done", "step": newest.step, "num_steps": newest.step, "checkpoint": newest.step, "attempt": 3}

@@ -151,7 +151,7 @@ def test_a_preempted_job_saves_and_comes_back(run):
     run.wait_for_log("attempt 2 from step", seconds=90)
     assert run.cluster.job(high)["JobState"] == "COMPLETED"
     assert run.wait(job) == "COMPLETED", run.log
-    assert run.actions == ["requeue", "done"]
+    assert run.actions == ["preempted", "done"]
     assert int(re.search(r"start 2 .* step=(\d+)", "\n".join(run.attempts)).group(1)) >= 5
 
 
@@ -181,6 +181,17 @@ def test_a_chain_runs_one_link_at_a_time_and_ends_with_the_run(run):
     assert [run.cluster.job(number)["JobState"] for number in said[:4]] == ["FAILED", "COMPLETED", "CANCELLED", "CANCELLED"]
 
 
+@pytest.mark.slow
+def test_the_next_links_of_a_chain_leave_out_a_bad_node(run):
+    words = [*run.options(nodes=2, tasks=1), run.root / "slurm" / "hope_760m.sh", f"name={run.path.name}", f"out={run.path.parent}"]
+    settings = {"HOPE_COMMAND": run.command, "HOPE_CLUSTER": "onebox", "FAKE_BAD_NODES": "n1"}
+    said = run.cluster.run(run.root / "slurm" / "chain.sh", 3, *words, **settings).stdout.split()
+    run.wait_for_queue()
+    assert run.actions == ["exclude", "done"], run.log
+    assert {seen(run, 2, rank)["host"] for rank in range(2)} == {"n2", "n3"}
+    assert [run.cluster.job(number)["JobState"] for number in said[:3]] == ["FAILED", "COMPLETED", "CANCELLED"]
+
+
 @pytest.mark.parametrize(("script", "said"), [("eval.sh", "eval runs/x --step 3"), ("preflight.sh", "launch preflight runs/x")])
 def test_services_run_in_every_task(run, script, said):
     words = said.replace("launch preflight", "").replace("eval", "").split()
@@ -201,7 +212,7 @@ def test_a_bad_node_is_left_out(run):
 def test_more_than_two_bad_starts_end_the_job(run):
     job = run.submit(HOPE_PREFLIGHT="1", FAKE_BAD_NODES="n1,n2,n3", shape={"nodes": 1})
     assert run.wait(job) == "FAILED", run.log
-    assert run.actions == ["exclude", "exclude", "never"] and run.cluster.job(job)["ExitCode"] == "93:0"
+    assert run.actions == ["exclude", "exclude", "nodes"] and run.cluster.job(job)["ExitCode"] == "93:0"
 
 
 def test_a_cluster_that_forbids_requeue_is_named(run):
@@ -235,6 +246,44 @@ def test_a_dead_node_is_replaced(run):
     run.wait_for_log("attempt 2 from step", seconds=90)
     assert run.wait(job, seconds=90) == "COMPLETED", run.log
     assert {seen(run, 2, rank)["host"] for rank in range(4)} == {"n1", "n3"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("signal", "agrees", "reason"), [("USR1@30", "1", "usr1"), ("URG@1", "0", "")])
+def test_a_job_comes_back_after_its_time_limit(run, signal, agrees, reason):
+    """A real limit. In the first case the ranks save before it; in the second nobody is warned, and Slurm ends them (TERM)."""
+    options = ("--time=1", f"--signal=B:{signal}")
+    job = run.submit(options=options, FAKE_STEPS="1500", FAKE_AGREES=agrees)
+    run.wait_for_log("attempt 2 from step", seconds=150)
+    assert run.actions == ["requeue"], run.log
+    start = re.search(r"start 2 .* step=(\d+)", "\n".join(run.attempts))
+    assert start and int(start[1]) > 100
+    assert ("TIME LIMIT" in run.log) == (reason == "") and run.cluster.job(job)["Restarts"] == "1"
+
+
+@pytest.mark.slow
+def test_a_crash_while_the_controller_is_away_is_restarted_when_it_is_back(run):
+    job = run.submit(FAKE_STEPS="120", FAKE_CRASH_AT="90", shape={"nodes": 1})
+    run.wait_for_step(80)
+    run.cluster.kill_daemon("slurmctld")
+    time.sleep(25)
+    assert run.actions == []
+    run.cluster.start_controller()
+    run.wait_for_log("attempt 2 from step 90", seconds=90)
+    assert run.wait(job) == "COMPLETED", run.log
+    assert run.actions == ["requeue", "done"]
+
+
+@pytest.mark.slow
+def test_a_job_that_was_cancelled_a_moment_ago_is_not_requeued(run):
+    """Of a job that ends, `scontrol requeue` makes a new one; with the word that the batch script uses it does not."""
+    wrapped = "trap : TERM; for i in $(seq 60); do sleep 0.2; done"
+    job = run.cluster.run("sbatch", "--parsable", *run.options(nodes=1, tasks=1), "--requeue", f"--wrap={wrapped}").stdout.strip()
+    time.sleep(1)
+    run.cluster.run("scancel", "--full", job)
+    run.cluster.run("scontrol", "requeue", "incomplete", job, check=False)
+    assert run.wait(job) == "CANCELLED" and run.cluster.job(job)["Restarts"] == "0"
 
 
 @pytest.mark.slow

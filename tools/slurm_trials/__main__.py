@@ -39,7 +39,7 @@ def main() -> int:
         with ExitStack() as stack:
             steps = options.steps
             if options.command == "disk-full":
-                stack.enter_context(disk.small_disk(root))
+                stack.enter_context(disk.small_disk(root, whole=options.whole))
                 steps = disk.steps_for(options.count)
             cluster = stack.enter_context(started(nodes=options.nodes))
             result = options.trials(Bench(cluster, root, steps=steps), options)
@@ -79,6 +79,7 @@ def _parse() -> argparse.Namespace:
     kill.set_defaults(trials=_kills, nodes=2)
     full = commands.add_parser("disk-full", help="saves on a full disk")
     full.add_argument("count", type=int, metavar="N")
+    full.add_argument("--whole", action="store_true", help="the disk has the whole run directory, not only its checkpoints")
     full.set_defaults(trials=lambda bench, options: disk.trials(bench, count=options.count, seed=options.seed), nodes=2)
     world = commands.add_parser("worlds", help="4, then 2, then 8 ranks")
     world.set_defaults(trials=lambda bench, options: worlds.trials(bench, seed=options.seed), nodes=2)

@@ -1,7 +1,7 @@
 """Saves on a disk that is full: the last good checkpoint stays, the job says so in a sentence, and with new space the run goes on.
 
-The checkpoints of one run lie on a small file system of their own, mounted before the cluster starts, because its nodes have mounts of
-their own. Again and again it is filled but for a random part of what a checkpoint needs.
+The checkpoints of one run, or its whole directory, lie on a small file system of their own, mounted before the cluster starts, because its
+nodes have mounts of their own. Again and again it is filled but for a random part of what a checkpoint needs.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ _SENTENCE = "No space left on device"
 
 
 @contextlib.contextmanager
-def small_disk(root: Path) -> Iterator[None]:
-    """The file system, at the checkpoints of the run that `trials` makes."""
-    where = root / NAME / "run" / "checkpoints"
+def small_disk(root: Path, *, whole: bool) -> Iterator[None]:
+    """The file system, at the checkpoints of the run that `trials` makes, or at all of it."""
+    where = root / NAME / "run" / ("" if whole else "checkpoints")
     where.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={MIB}m", "tmpfs", str(where)], check=True)
     try:
@@ -59,7 +59,7 @@ def trials(bench: Bench, *, count: int, seed: int) -> dict[str, Any]:
 
 def _fill_once(bench: Bench, run: Run, *, draw: random.Random, asynchronous: bool) -> dict[str, Any]:
     """One job, from its start to the end that the full disk brings."""
-    folder, said = run.path / "checkpoints", len(run.log)
+    folder, said, recorded = run.path / "checkpoints", len(run.log), len(run.actions)
     start = max(_steps(folder), default=0)
     job = bench.submit(run, layout=LAYOUT, overrides=[f"checkpoint.asynchronous={str(asynchronous).lower()}"])
     run.wait_for_step(start + SAVE_EVERY + draw.randrange(SAVE_EVERY), seconds=200)
@@ -84,7 +84,7 @@ def _fill_once(bench: Bench, run: Run, *, draw: random.Random, asynchronous: boo
         wrong.append(f"{left} temporary directories are left")
     last = max(record["step"] for record in records(run))
     seen = {"free_part": round(part, 3), "asynchronous": asynchronous, "kept_step": kept, "last_step": last, "state": state}
-    return {**seen, "action": run.actions[-1], "sentence": sentences[0] if sentences else "", "wrong": wrong}
+    return {**seen, "action": "".join(run.actions[recorded:]), "sentence": sentences[0] if sentences else "", "wrong": wrong}
 
 
 @contextlib.contextmanager

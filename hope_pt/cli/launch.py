@@ -317,5 +317,7 @@ def _send(arguments: argparse.Namespace, commands, *, name: str) -> None:
         for index, command in enumerate(commands):
             print(f"# {index}: {command.program} {shlex.join(command.arguments)}")
         return
+    # A site's default would win over --export in the file that submitit writes.
+    os.environ.pop("SBATCH_EXPORT", None)
     jobs = submit_all(commands, folder=folder, settings=settings, parallel=arguments.parallel)
     print(f"{len(jobs)} jobs: {jobs[0]} to {jobs[-1]}; logs in {folder}")

@@ -24,7 +24,7 @@ _TAIL_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class RunStatus:
-    """state: of status.json, with "starting" and "dead" for what a file cannot say of itself. eta_s: seconds to the last step.
+    """state: of status.json, with "starting" and "unknown" where there is none. eta_s: seconds to the last step.
 
     reason: who asked a stopped run to stop (usr1, usr2, term, stop). attempt: how often a job has started the run, counting this time.
     skips: steps dropped since the run began. silent_s: seconds since the last sign of life. job: id and state in the queue. restarts:

@@ -116,6 +116,18 @@ def test_a_sweep_is_what_the_cluster_says(capsys, tmp_path, monkeypatch):
     assert "out=/here" in printed(capsys, "sweep", TINY, "out=/here", f"--cluster={file}", "--print")
 
 
+def test_a_sites_default_does_not_take_the_environment_from_small_jobs(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sbatch", "srun"):
+        (folder / name).write_text(f'#!/bin/sh\necho "$SBATCH_EXPORT." > {tmp_path}/export\necho "Submitted batch job 12"\n')
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    assert "1 jobs: 12 to 12" in printed(capsys, "data", f"--folder={tmp_path}/jobs", "--", "tokenize")
+    assert (tmp_path / "export").read_text() == ".\n"
+
+
 def test_data_need_no_gpu(capsys):
     text = printed(capsys, "data", "--print", "--tasks-per-node=2", "--", "tokenize")
     assert "gpu" not in text and "#SBATCH --ntasks-per-node=2" in text

@@ -106,7 +106,9 @@ def _show(job: Job, settings: RunConfig) -> None:
             f"name={settings.name}",
             f"out={settings.out}",
         ]
-        print(srun_line(job, arguments=[job.config, *place]))
+        # The batch script mounts the folder of the run into a container.
+        run = {"HOPE_RUN_DIR": str(ROOT / settings.out / settings.name)}
+        print(srun_line(job, arguments=[job.config, *place], environment=os.environ | run))
     except HopeError:
         # Each of these has its own check, which tells the reason.
         pass

@@ -5,10 +5,12 @@ belong to a writer; whoever holds the run's lock may remove them, because their 
 """
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".tmp-"
 
@@ -49,6 +51,15 @@ def replace_text(path: Path, *, text: str) -> None:
     """Replaces the content of `path`, all of it or nothing; raises OSError with the old one in place."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where the file is missing, damaged or something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def rename(source: Path, *, target: Path) -> None:

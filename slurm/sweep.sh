@@ -2,7 +2,7 @@
 # Many small runs as one job array, for example for scaling laws: every line of FILE holds the key=value arguments of one run.
 #   sbatch --array=0-$(($(grep -c . FILE) - 1))%4 slurm/sweep.sh CONFIG FILE [key=value for all ...]
 # Line I (from 0, empty lines not counted) becomes the run NAME-I, with its own directory, restarts and decision. A relative FILE is one of
-# the folder that it is submitted from. `hope launch sweep` runs all combinations of some values, without preflight and restarts.
+# the folder that it is submitted from. `hope launch sweep` runs all combinations of some values, without preflight and the count of attempts.
 #SBATCH --job-name=hope_sweep
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

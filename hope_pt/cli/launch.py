@@ -168,12 +168,10 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _watch(arguments: argparse.Namespace) -> None:
-    from hope_pt.launch.watch import has_stopped
-
     while True:
         found = _read_status(arguments)
         print(json.dumps(found.as_dict()) if arguments.json else _lines(found), flush=True)
-        if arguments.once or has_stopped(found):
+        if arguments.once or found.over:
             break
         time.sleep(arguments.every)
     if found.problem:

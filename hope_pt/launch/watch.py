@@ -14,12 +14,15 @@ from datetime import datetime
 from pathlib import Path
 
 from hope_pt.errors import ConfigError, HopeError
+from hope_pt.files import read_object
 
 STALL_S = 1800.0
 """Seconds without a sign of life after which a run is taken for dead."""
 RECENT = 50
 """Training lines that speed and time left are taken from."""
 _TAIL_BYTES = 1 << 18
+_FINAL = ("give-up", "never", "nodes", "user", "vanished")
+"""Actions of slurm/lib/decide.sh after which only a person starts the run again."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class RunStatus:
     reason: who asked a stopped run to stop (usr1, usr2, term, stop). attempt: how often a job has started the run, counting this time.
     skips: steps dropped since the run began. silent_s: seconds since the last sign of life. job: id and state in the queue. restarts:
     attempts after the first. mfu: share of the GPUs' bf16 rate, where the run's GPUs are known. hang: first line of the watchdog's report,
-    where this attempt has one. problem: what a person should look at, empty if nothing.
+    where this attempt has one. problem: what a person should look at, empty if nothing. over: nothing will change by itself.
     """
 
     name: str
@@ -50,6 +53,7 @@ class RunStatus:
     message: str
     hang: str
     problem: str
+    over: bool
 
     def as_dict(self) -> dict:
         """For programs."""
@@ -65,7 +69,7 @@ def run_status(path: Path, *, stall_s: float = STALL_S, flops_rate: float | None
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run directory")
     now = time.time() if now is None else now
-    said, lines = read_status(path), recent_lines(path / "metrics.jsonl")
+    said, lines = read_object(path / "status.json"), recent_lines(path / "metrics.jsonl")
     last = lines[-1] if lines else {}
     attempts = read_attempts(path)
     owner, sign = owner_state(path), max(said.get("time", 0.0), last.get("time", 0.0))
@@ -101,23 +105,30 @@ def run_status(path: Path, *, stall_s: float = STALL_S, flops_rate: float | None
         message=said.get("message", ""),
         hang=hang,
         problem="",
+        over=False,
     )
+    found = replace(found, over=_is_over(found, path=path, attempts=attempts))
     return replace(found, problem=_problem(found, path=path, attempts=attempts, stall_s=stall_s))
 
 
 def has_ended(path: Path, *, now: float | None = None) -> bool:
     """Whether this session of the run will write no more lines: status.json says how it ended, or there is no sign of life."""
-    said, lines = read_status(path), recent_lines(path / "metrics.jsonl")
+    said, lines = read_object(path / "status.json"), recent_lines(path / "metrics.jsonl")
     if said.get("state", "running") != "running":
         return True
     sign = max(one.get("time", 0.0) for one in (said, *lines[-1:]))
     return (time.time() if now is None else now) - sign > STALL_S
 
 
-def has_stopped(found: RunStatus) -> bool:
-    """Whether nothing will change by itself: all steps taken, stopped by a person, diverged, or failed with no job to start it again."""
-    by_person = found.state == "interrupted" or (found.state == "stopped" and found.reason in ("term", "stop"))
-    return by_person or found.state in ("done", "diverged") or (found.state == "failed" and not _has_job(found))
+def _is_over(found: RunStatus, *, path: Path, attempts: list[dict[str, str]]) -> bool:
+    """All steps taken, stopped by a person, diverged, or failed with no job to start it again."""
+    if found.state == "failed":
+        return not attempts or (not found.job and _queue_is_without(path))
+    if found.state == "stopped" and found.reason in ("term", "stop"):
+        # SIGTERM may be Slurm's too: of a preemption, or of the time limit.
+        action = attempts[-1].get("action", "") if attempts else "stopped"
+        return action == "stopped" or (action in ("", "leave") and not found.job)
+    return found.state in ("done", "diverged", "interrupted")
 
 
 def _has_job(found: RunStatus) -> bool:
@@ -129,9 +140,9 @@ def _problem(found: RunStatus, *, path: Path, attempts: list[dict[str, str]], st
     if found.hang:
         return found.hang
     ends = [one for one in attempts if one["what"] == "end"]
-    if ends and ends[-1].get("action") in ("give-up", "never", "nodes", "user") and attempts[-1] is ends[-1]:
+    if ends and ends[-1].get("action") in _FINAL and attempts[-1] is ends[-1]:
         return f"the last attempt ended with {ends[-1]['action']!r}: it will not start again by itself"
-    if has_stopped(found):
+    if found.over:
         return f"the run has {found.state}" if found.state in ("failed", "diverged") else ""
     if attempts and not found.job and _queue_is_without(path):
         left = found.num_steps - found.checkpoint
@@ -152,15 +163,6 @@ def _queue_is_without(path: Path) -> bool:
         return not jobs_of(path)
     except HopeError:
         return False
-
-
-def read_status(path: Path) -> dict:
-    """status.json, or nothing where it is missing or damaged."""
-    try:
-        found = json.loads((path / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def recent_lines(file: Path) -> list[dict]:

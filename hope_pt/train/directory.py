@@ -85,13 +85,6 @@ class RunDirectory:
         with self._writing():
             replace_text(self.status, text=json.dumps(status, indent=1) + "\n")
 
-    def state(self) -> str:
-        """That of status.json; empty where it is missing or damaged."""
-        try:
-            return json.loads(self.status.read_text(encoding="utf-8"))["state"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return ""
-
     def note(self, text: str) -> None:
         """A line for this rank's log only: the console shows the same error in its own way."""
         if self._handler is not None:

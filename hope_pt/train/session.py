@@ -18,6 +18,7 @@ from hope_pt.config.schema import RunConfig
 from hope_pt.engine.peers import Watch
 from hope_pt.engine.sharding import Shard
 from hope_pt.errors import DivergenceError, HopeError
+from hope_pt.files import read_object
 from hope_pt.report import metrics, tracking
 from hope_pt.report.metrics import MetricsFile, Sink
 from hope_pt.signals import noted
@@ -81,7 +82,7 @@ def run(
         if newest and newest.step >= config.train.steps:
             LOG.info("%s already has its %d steps", directory.path, newest.step)
             # A batch script removes the last session's status, and believes no code without one; a run killed at its end says "running".
-            if launch.rank == 0 and directory.state() != "done":
+            if launch.rank == 0 and read_object(directory.status).get("state") != "done":
                 directory.write_status(state="done", step=newest.step, num_steps=config.train.steps, checkpoint=newest.step)
             return RunResult(path=directory.path, steps=newest.step)
         job = _Job(config, plan=plan, directory=directory, train=train, heldout=heldout, wishes=wishes, watch=watch)

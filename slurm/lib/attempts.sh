@@ -17,39 +17,49 @@ hope_committed() {
 # Makes this job the run's owner; fails, naming the other, if a job that still exists has it. A hard link appears whole or not at all, and
 # of several jobs that find the same dead owner only one can have the name that says so.
 hope_own() {
-  local owner=$HOPE_RUN_DIR/slurm/owner mine=$HOPE_RUN_DIR/slurm/.owner-$HOPE_JOB other
+  local owner=$HOPE_RUN_DIR/slurm/owner mine=$HOPE_RUN_DIR/slurm/.owner-$HOPE_JOB other said=
   if ! echo "$HOPE_JOB" > "$mine"; then
     echo "hope: cannot write $mine, see above; make room, or set out= to another place" >&2
     return 1
   fi
+  # This job exists, so nobody comes after it.
+  rm -f "$owner.after-$HOPE_JOB"
   for _ in 1 2 3; do
-    ln "$mine" "$owner" 2> /dev/null && break
+    said=$(ln "$mine" "$owner" 2>&1) && break
+    [ -e "$owner" ] || continue
     other=$(hope_owner)
-    [ -n "$other" ] || continue
-    [ "$other" != "$HOPE_JOB" ] || break
-    if hope_job_exists "$other"; then
-      echo "hope: run $HOPE_RUN belongs to job $other, which still exists; wait for it, cancel it, or give this run another name" >&2
+    if [ "$other" != "$HOPE_JOB" ]; then
+      if [ "$other" != none ] && hope_job_exists "$other"; then
+        said="run $HOPE_RUN belongs to job $other, which still exists; wait for it, cancel it, or give this run another name"
+        break
+      fi
+      # A machine that lost its power may have left an empty file.
+      [ -s "$owner.after-$other" ] || rm -f "$owner.after-$other"
+      ln "$mine" "$owner.after-$other" 2> /dev/null || continue
+    fi
+    # A slow one may have come when all was over: then nothing leads from the owner's file to its name.
+    if [ "$(hope_owner)" = "$HOPE_JOB" ]; then
+      [ "$(cat "$owner")" = "$HOPE_JOB" ] || mv -f "$mine" "$owner"
       break
     fi
-    ln "$mine" "$owner.after-$other" 2> /dev/null || continue
-    # A slow one may have come when all was over: then nothing leads from the owner's file to its name.
-    [ "$(hope_owner)" != "$HOPE_JOB" ] || mv -f "$mine" "$owner"
     rm -f "$owner.after-$other"
   done
   rm -f "$mine"
   if [ "$(cat "$owner" 2> /dev/null)" = "$HOPE_JOB" ]; then
-    rm -f "$owner.after-$HOPE_JOB"
+    rm -f "$owner.after-"*
     return 0
   fi
-  echo "hope: job $HOPE_JOB does not have run $HOPE_RUN" >&2
+  echo "hope: job $HOPE_JOB cannot take $owner: $said" >&2
   return 1
 }
 
-# The job that owns the run, or is about to; nothing if none does.
+# The job that owns the run, or is about to; `none` where the file is empty.
 hope_owner() {
   local owner=$HOPE_RUN_DIR/slurm/owner job next
   job=$(cat "$owner" 2> /dev/null)
+  job=${job:-none}
   for _ in 1 2 3 4 5 6 7 8; do
+    [ "$job" != "$HOPE_JOB" ] || break
     next=$(cat "$owner.after-$job" 2> /dev/null)
     job=${next:-$job}
   done
@@ -93,8 +103,8 @@ hope_fruitless() {
     awk -v now="$now" '{ count = ($4 == "step=" now && $5 == "from=" now) ? count + 1 : 0 } END { print count + 1 }'
 }
 
-# Attempts of this lineage right before the present one that began at its step and left no end: their nodes were lost, or the job was
-# requeued by somebody.
+# Attempts of this lineage right before the present one, whose start is recorded, that began at its step and left no end: their nodes were
+# lost, they were killed before they could say anything, or the job was requeued by somebody.
 hope_vanished() {
   grep " job=$HOPE_LINEAGE\\." "$HOPE_RUN_DIR/slurm/attempts" 2> /dev/null |
     awk -v from="step=$HOPE_FROM" '{ count = ($1 == "start" && $4 == from) ? count + 1 : 0 } END { print (count ? count - 1 : 0) }'

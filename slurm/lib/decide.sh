@@ -3,7 +3,7 @@
 #
 #   hope_decide RC VERDICT STATE REASON JOB_STATE FRUITLESS  ->  done | leave | preempted | stopped | user | never | requeue | give-up
 #
-# Two more actions are decided elsewhere (lib/run.sh): exclude and nodes, when preflight has found bad nodes.
+# Three more actions are decided elsewhere (lib/run.sh): exclude and nodes, when preflight has found bad nodes, and vanished.
 #
 # RC: of srun, which mixes the codes of its tasks: after one task has failed the others are killed, and srun may report theirs.
 # VERDICT: the first exit code 2 (a person's mistake) or 93 (do not restart) of any task, left by lib/task.sh; empty: none.
@@ -21,7 +21,8 @@ hope_decide() {
     echo preempted
   elif [ "$job_state" != RUNNING ] && [ "$job_state" != TIMEOUT ]; then
     echo leave
-  elif [ "$verdict" = 2 ]; then
+  elif [ "$verdict" = 2 ] || { [ "$rc" = 2 ] && [ -z "$verdict$state" ]; }; then
+    # Where a rank cannot see the run's directory it can leave nothing there.
     echo user
   elif [ "$verdict" = 93 ] || [ "$state" = diverged ]; then
     echo never
@@ -45,6 +46,7 @@ hope_say() {
     user) echo "the configuration, the data, the disk or the command is wrong (see above); a restart would not help" ;;
     never) echo "the run must not be restarted (it diverged); a restart would meet the same step again" ;;
     give-up) echo "too many attempts without a newer checkpoint (HOPE_MAX_FRUITLESS = ${HOPE_MAX_FRUITLESS:-3}); not requeued again" ;;
+    vanished) echo "$((2 * ${HOPE_MAX_FRUITLESS:-3})) attempts in a row began at this step and left no end: lost nodes, or killed at once; not requeued again" ;;
     exclude) echo "bad nodes, see above; once more without them" ;;
     nodes) echo "bad nodes, see above; a job leaves out nodes by itself at most twice. Submit it again with --exclude" ;;
     requeue) echo "the run is not finished; requeue" ;;
@@ -56,7 +58,7 @@ hope_exit_code() {
   case $1 in
     done | stopped) echo 0 ;;
     user) echo 2 ;;
-    never | give-up | nodes) echo 93 ;;
+    never | give-up | nodes | vanished) echo 93 ;;
     *) echo 1 ;;
   esac
 }

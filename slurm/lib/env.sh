@@ -66,9 +66,9 @@ hope_program() {
 hope_step() {
   step=(srun --kill-on-bad-exit=1 --label --unbuffered)
   [ -z "${HOPE_SRUN_OPTIONS:-}" ] || { local -a more; read -ra more <<< "$HOPE_SRUN_OPTIONS"; step+=("${more[@]}"); }
-  local mounts=$HOPE_ROOT:$HOPE_ROOT runs=${HOPE_RUN_DIR:+$(dirname "$HOPE_RUN_DIR")}
+  # The later one of two mounts covers the other where one is a folder of the other.
+  local mounts=${HOPE_MOUNTS:+$HOPE_MOUNTS,}$HOPE_ROOT:$HOPE_ROOT runs=${HOPE_RUN_DIR:+$(dirname "$HOPE_RUN_DIR")}
   [[ -z $runs || $runs/ = $HOPE_ROOT/* ]] || mounts+=,$runs:$runs
-  mounts+=${HOPE_MOUNTS:+,$HOPE_MOUNTS}
   if [ "${HOPE_CONTAINER:-none}" != none ] && [ -z "${HOPE_IMAGE:-}" ]; then
     echo "hope: HOPE_CONTAINER = '$HOPE_CONTAINER' without HOPE_IMAGE; name the image in the cluster's file" >&2
     return 2

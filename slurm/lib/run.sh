@@ -44,7 +44,7 @@ hope_job() {
   # What the last attempt left must not decide about this one.
   rm -f "$HOPE_RUN_DIR/status.json" "$HOPE_RUN_DIR/slurm/verdict" "$HOPE_RUN_DIR/slurm/bad-node"
   hope_defaults
-  [ "$(hope_vanished)" -lt $((2 * ${HOPE_MAX_FRUITLESS:-3})) ] || hope_close give-up 1
+  [ "$(hope_vanished)" -lt $((2 * ${HOPE_MAX_FRUITLESS:-3})) ] || hope_close vanished 1
   hope_address || hope_finish 1
   echo "hope: run $HOPE_RUN, attempt $HOPE_ATTEMPT from step $HOPE_FROM, job $HOPE_JOB on $SLURM_JOB_NODELIST, rank 0 at $MASTER_ADDR:$MASTER_PORT"
   hope_preflight
@@ -106,6 +106,15 @@ hope_wait() {
     rc=$?
     # A trapped signal interrupts wait; the step goes on.
     [ -n "$wanted" ] || break
+    if [ "$wanted" = TERM ] && [ "$(hope_job_state)" = TIMEOUT ]; then
+      # Slurm kills this shell KillWait seconds later (30), and a killed shell cannot requeue the job.
+      for _ in 1 2 3 4 5 6 7 8 9 10; do
+        kill -0 "$step_pid" 2> /dev/null || break
+        sleep 1
+      done
+      rc=143
+      break
+    fi
   done
   wanted=$before step_pid=''
 }
@@ -137,7 +146,10 @@ hope_requeue() {
   # At its time limit a job is not what Slurm calls incomplete any more.
   [ "$(hope_job_state)" != TIMEOUT ] || which=
   # shellcheck disable=SC2086
-  hope_scontrol requeue $which "$HOPE_JOB" > /dev/null || return 1
+  if ! hope_scontrol requeue $which "$HOPE_JOB" > /dev/null; then
+    # An answer may have been lost after Slurm had done it.
+    [[ $(hope_job_state) = @(PENDING|REQUEUED|CONFIGURING) ]] || return 1
+  fi
   [ -z "${1:-}" ] || hope_leave_out "$1" "$HOPE_JOB"
   sleep 120
   exit 1
@@ -213,6 +225,8 @@ hope_close() {
       if [ "${HOPE_REQUEUE:-1}" != 0 ]; then
         hope_requeue "$bad"
         echo "hope: this job could not be requeued, see above; where jobs may not requeue themselves use slurm/chain.sh" >&2
+      elif [ -z "${HOPE_CHAIN:-}" ]; then
+        echo "hope: not requeued from here (HOPE_REQUEUE=0): submit it again, or use slurm/chain.sh"
       elif [ -n "$bad" ]; then
         # shellcheck disable=SC2046
         hope_leave_out "$bad" $(squeue --noheader --format=%i --state=PENDING --name="$HOPE_CHAIN" --user="$(id -un)")

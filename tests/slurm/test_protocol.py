@@ -250,9 +250,9 @@ def test_a_dead_node_is_replaced(run):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("signal", "agrees", "reason"), [("USR1@30", "1", "usr1"), ("URG@1", "0", "")])
+@pytest.mark.parametrize(("signal", "agrees", "reason"), [("USR1@30", "1", "usr1"), ("URG@1", "0", ""), ("URG@1", "never", "")])
 def test_a_job_comes_back_after_its_time_limit(run, signal, agrees, reason):
-    """A real limit. In the first case the ranks save before it; in the second nobody is warned, and Slurm ends them (TERM)."""
+    """A real limit. In the first case the ranks save before it; in the others nobody is warned, and Slurm ends them: by TERM, or by KILL."""
     options = ("--time=1", f"--signal=B:{signal}")
     job = run.submit(options=options, FAKE_STEPS="1500", FAKE_AGREES=agrees)
     run.wait_for_log("attempt 2 from step", seconds=150)

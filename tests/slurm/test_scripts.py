@@ -43,6 +43,8 @@ TABLE = [
     ((143, "", "running", "", "TIMEOUT", 3), "give-up", 93),
     ((1, "", "running", "", "", 0), "leave", 1),  # the scheduler does not answer: no proof that the job was not cancelled
     ((143, "2", "", "", "RUNNING", 0), "user", 2),
+    ((2, "", "", "", "RUNNING", 1), "user", 2),  # a rank that does not see the run's directory
+    ((2, "", "running", "", "RUNNING", 1), "requeue", 1),
     ((143, "93", "diverged", "", "RUNNING", 0), "never", 93),
     ((143, "", "diverged", "", "RUNNING", 0), "never", 93),
     ((137, "", "running", "", "RUNNING", 2), "requeue", 1),
@@ -131,10 +133,30 @@ def test_a_run_whose_next_owner_died_while_it_took_over_can_be_taken(tmp_path):
     (folder / "owner").write_text("98\n")
     (folder / "owner.after-98").write_text("99\n")
     assert "has it" in take(tmp_path, "11").communicate()[0] and (folder / "owner").read_text() == "11\n"
-    (folder / "owner.after-98").unlink()
     assert sorted(path.name for path in folder.iterdir()) == ["owner"]
     (folder / "owner.after-11").write_text("12\n")
-    assert "belongs to job 12" in take(tmp_path, "13").communicate()[1]
+    assert "belongs to job 12" in take(tmp_path, "13").communicate()[1], "a job that takes over has the run already"
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"owner": ""},
+        {"owner": "98\n", "owner.after-98": "11\n"},
+        {"owner": "98\n", "owner.after-98": ""},
+        {"owner": "97\n", "owner.after-11": "96\n"},
+        {"owner": "11\n", "owner.after-11": "96\n"},
+    ],
+    ids=["an empty owner", "it died while it took over", "another did, without power", "it had been followed once", "it was requeued"],
+)
+def test_what_jobs_that_died_have_left_is_no_obstacle(tmp_path, left):
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name, text in left.items():
+        (folder / name).write_text(text)
+    out, said = take(tmp_path, "11").communicate()
+    assert "has it" in out and (folder / "owner").read_text() == "11\n", said
+    assert sorted(path.name for path in folder.iterdir()) == ["owner"]
 
 
 def test_a_full_disk_is_named_before_anything_is_started(tmp_path):
@@ -166,6 +188,41 @@ def fake_scontrol(folder: Path, text: str) -> dict[str, str]:
 )
 def test_the_state_of_a_job_is_asked_until_slurm_answers(tmp_path, text, state):
     assert bash(f". {LIB}/run.sh; hope_job_state", **fake_scontrol(tmp_path, text)) == state
+
+
+@pytest.mark.parametrize(
+    ("state", "requeue"), [("RUNNING Reason=None", "requeue incomplete 7"), ("COMPLETING Reason=TimeLimit Dependency", "requeue 7")]
+)
+def test_only_a_job_that_met_its_limit_is_requeued_whatever_its_state(tmp_path, state, requeue):
+    settings = fake_scontrol(tmp_path, f'echo "$*" >> {tmp_path}/said; echo "   JobState={state} "')
+    bash(f". {LIB}/run.sh; sleep() {{ :; }}; hope_requeue", **settings)
+    assert (tmp_path / "said").read_text().splitlines()[-1] == requeue
+
+
+@pytest.mark.parametrize(("state", "done"), [("PENDING", True), ("RUNNING", False), ("CANCELLED", False)])
+def test_a_refusal_after_slurm_has_requeued_the_job_is_none(tmp_path, state, done):
+    text = f'[ $1 = show ] && echo "   JobState={state} Reason=None" || {{ echo "Requested operation is presently disabled"; exit 1; }}'
+    said = bash(f". {LIB}/run.sh; sleep() {{ :; }}; hope_requeue || echo refused", **fake_scontrol(tmp_path, text))
+    assert ("refused" in said) != done and "presently disabled" in said
+
+
+@pytest.mark.parametrize(
+    ("gpus", "seen", "said"), [("2", "0", "ask for one GPU a task"), ("", "", "GPU none of ''"), ("2", "0,1", "GPU 1 of '0,1'")]
+)
+def test_the_binding_is_asserted_where_slurm_gave_gpus(tmp_path, gpus, seen, said):
+    (tmp_path / "slurm").mkdir()
+    settings = {"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "2(x2)"}
+    settings |= {"CUDA_VISIBLE_DEVICES": f"{seen}", "SLURM_GPUS_ON_NODE": gpus, "HOPE_RUN_DIR": str(tmp_path)}
+    if gpus == "2" and seen == "0":
+        settings |= {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_TASKS_PER_NODE": "3"}
+    assert said in bash(f"{LIB}/task.sh true", **settings)
+    assert (tmp_path / "slurm" / "verdict").is_symlink() == said.startswith("ask")
+    assert "does not see" in bash(f"{LIB}/task.sh true", **settings | {"HOPE_RUN_DIR": str(tmp_path / "other")})
+
+
+def test_the_cores_of_a_task_reach_its_step():
+    text = f". {LIB}/env.sh; hope_defaults; echo ${{SRUN_CPUS_PER_TASK:-none}}"
+    assert bash(text, SLURM_CPUS_PER_TASK="8") == "8" and bash(text) == "none"
 
 
 def test_a_controller_that_stays_away_is_said(tmp_path):
@@ -210,7 +267,7 @@ def test_the_srun_line_with_pyxis():
     assert words == [
         *("srun", "--kill-on-bad-exit=1", "--label", "--unbuffered", "--mpi=none"),
         "--container-image=nvcr.io#nvidia/pytorch:25.09-py3",
-        f"--container-mounts={ROOT}:{ROOT}\\,/scratch:/scratch",
+        f"--container-mounts=/scratch:/scratch\\,{ROOT}:{ROOT}",
         f"--container-workdir={ROOT}",
         "--no-container-entrypoint",
         *(f"{LIB}/task.sh", "hope", "train", "c.toml"),
@@ -218,11 +275,9 @@ def test_the_srun_line_with_pyxis():
 
 
 def test_a_container_sees_the_folder_of_the_run():
-    values = {"HOPE_CONTAINER": "apptainer", "HOPE_IMAGE": "/hope.sif", "HOPE_MOUNTS": "/data:/data"}
-    for run, mounts in (
-        ("/scratch/me/x", f"{ROOT}:{ROOT},/scratch/me:/scratch/me,/data:/data"),
-        (f"{ROOT}/runs/x", f"{ROOT}:{ROOT},/data:/data"),
-    ):
+    values = {"HOPE_CONTAINER": "apptainer", "HOPE_IMAGE": "/hope.sif", "HOPE_MOUNTS": "/scratch:/scratch:ro"}
+    both = f"/scratch:/scratch:ro,{ROOT}:{ROOT}"
+    for run, mounts in (("/scratch/me/x", f"{both},/scratch/me:/scratch/me"), (f"{ROOT}/runs/x", both)):
         line = srun_line(job(**values), arguments=["c.toml"], environment=os.environ | {"HOPE_RUN_DIR": run})
         assert f" --bind {mounts} ".replace(",", "\\,") in line
 

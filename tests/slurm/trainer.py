@@ -68,6 +68,8 @@ def main():
     if os.environ.get("FAKE_AGREES", "1") == "1":
         signal.signal(signal.SIGUSR1, flag)
         signal.signal(signal.SIGTERM, flag)
+    if os.environ.get("FAKE_AGREES") == "never":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not together("joined", 20):
         return 1
     first = committed()

@@ -10,7 +10,7 @@ import pytest
 from hope_pt import cli
 from hope_pt.cli import launch as command
 from hope_pt.errors import HopeError
-from hope_pt.launch.watch import has_stopped, jobs_of, run_status
+from hope_pt.launch.watch import jobs_of, run_status
 
 DEAD = "missing and no job has the run"
 
@@ -55,11 +55,12 @@ def make_run(path: Path, *, state: str = "", reason: str = "", age: float = 0.0,
     "ended",
     [
         {"state": "stopped", "reason": "usr1", "end": "requeue", "owner": ""},
+        {"state": "stopped", "reason": "term", "end": "preempted", "owner": ""},
         {"end": "leave", "owner": ""},
         {"age": 600.0},
         {"state": "running"},
     ],
-    ids=["a requeue was refused", "ended while it started", "its batch node was lost", "killed"],
+    ids=["a requeue was refused", "one after a preemption", "ended while it started", "its batch node was lost", "killed"],
 )
 def test_a_dead_run_is_a_problem(tmp_path, queue, ended, capsys):
     queue({})
@@ -70,7 +71,7 @@ def test_a_dead_run_is_a_problem(tmp_path, queue, ended, capsys):
     assert DEAD in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("action", ["give-up", "never", "nodes", "user"])
+@pytest.mark.parametrize("action", ["give-up", "never", "nodes", "user", "vanished"])
 def test_a_decision_against_another_start_is_named(tmp_path, queue, action):
     queue({})
     assert f"ended with '{action}'" in run_status(make_run(tmp_path / "run", end=action, owner="")).problem
@@ -109,22 +110,28 @@ def test_a_start_that_hangs_is_found_and_a_job_that_waits_is_not_one(tmp_path, q
 
 
 @pytest.mark.parametrize(
-    ("state", "reason", "job", "over", "problem"),
+    ("state", "reason", "end", "known", "over", "problem"),
     [
-        ("done", "", "", True, ""),
-        ("stopped", "stop", "", True, ""),
-        ("stopped", "term", "", True, ""),
-        ("stopped", "usr1", "PENDING", False, ""),
-        ("diverged", "", "RUNNING", True, "the run has diverged"),
-        ("failed", "", "", True, "the run has failed"),
-        ("failed", "", "PENDING", False, ""),
+        ("done", "", "done", {}, True, ""),
+        ("stopped", "stop", "stopped", {}, True, ""),
+        ("stopped", "term", "leave", {}, True, ""),
+        ("stopped", "term", "", {}, True, ""),
+        ("stopped", "term", "preempted", {"7": "PENDING"}, False, ""),
+        ("stopped", "term", "leave", {"7": "PENDING"}, False, ""),  # an administrator has requeued it
+        ("stopped", "usr1", "requeue", {"7": "PENDING"}, False, ""),
+        ("diverged", "", "", {"7": "RUNNING"}, True, "the run has diverged"),
+        ("failed", "", "", {}, True, "the run has failed"),
+        ("failed", "", "requeue", {"7": "PENDING"}, False, ""),
+        ("failed", "", "requeue", {"hope-chain-x": "PENDING"}, False, ""),
+        ("failed", "", "requeue", None, False, ""),
     ],
 )
-def test_watching_ends_with_the_run(tmp_path, queue, monkeypatch, capsys, state, reason, job, over, problem):
-    queue({"7": job} if job else {})
-    path = make_run(tmp_path / "run", state=state, reason=reason)
+def test_watching_ends_with_the_run(tmp_path, queue, monkeypatch, capsys, state, reason, end, known, over, problem):
+    queue(known)
+    chain = {"job": "hope-chain-x", "owner": ""} if "hope-chain-x" in (known or {}) else {}
+    path = make_run(tmp_path / "run", state=state, reason=reason, end=end, **chain)
     found = run_status(path)
-    assert (has_stopped(found), found.problem) == (over, problem)
+    assert (found.over, found.problem) == (over, problem)
     if over:
         monkeypatch.setattr(command, "time", SimpleNamespace(sleep=lambda seconds: pytest.fail("looks again")))
         assert cli.main(["launch", "watch", str(path)]) == (2 if problem else 0)

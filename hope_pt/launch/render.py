@@ -70,16 +70,8 @@ class Job:
     def sbatch(self, *more: str) -> list[str]:
         """The command that submits the job. At sites with SBATCH_EXPORT=NONE only --export=ALL takes HOPE_CLUSTER along."""
         export = [] if "export" in self.settings else ["--export=ALL"]
-        return [
-            "sbatch",
-            *self.cluster.sbatch_options,
-            *self.options,
-            *more,
-            *export,
-            str(self.script),
-            *self.config_arguments,
-            *self.arguments,
-        ]
+        options = [*self.cluster.sbatch_options, *self.options, *more, *export]
+        return ["sbatch", *options, str(self.script), *self.config_arguments, *self.arguments]
 
     @property
     def config_arguments(self) -> list[str]:

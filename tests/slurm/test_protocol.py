@@ -252,13 +252,13 @@ def test_a_dead_node_is_replaced(run):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("signal", "agrees", "reason"), [("USR1@30", "1", "usr1"), ("URG@1", "0", ""), ("URG@1", "never", "")])
 def test_a_job_comes_back_after_its_time_limit(run, signal, agrees, reason):
-    """A real limit. In the first case the ranks save before it; in the others nobody is warned, and Slurm ends them: by TERM, or by KILL."""
+    """A real limit. In the first case the ranks save before it; in the others nobody is warned, and they end by TERM, or by KILL."""
     options = ("--time=1", f"--signal=B:{signal}")
     job = run.submit(options=options, FAKE_STEPS="1500", FAKE_AGREES=agrees)
     run.wait_for_log("attempt 2 from step", seconds=150)
     assert run.actions == ["requeue"], run.log
     start = re.search(r"start 2 .* step=(\d+)", "\n".join(run.attempts))
-    assert start and int(start[1]) > 100
+    assert start and int(start[1]) > 0
     assert ("TIME LIMIT" in run.log) == (reason == "") and run.cluster.job(job)["Restarts"] == "1"
 
 

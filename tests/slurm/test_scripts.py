@@ -207,14 +207,13 @@ def test_a_refusal_after_slurm_has_requeued_the_job_is_none(tmp_path, state, don
 
 
 @pytest.mark.parametrize(
-    ("gpus", "seen", "said"), [("2", "0", "ask for one GPU a task"), ("", "", "GPU none of ''"), ("2", "0,1", "GPU 1 of '0,1'")]
+    ("gpus", "seen", "tasks", "said"),
+    [("2", "0,1", "3", "ask for one GPU a task"), ("", "", "2(x2)", "GPU none of ''"), ("2", "0,1", "2(x2)", "GPU 1 of '0,1'")],
 )
-def test_the_binding_is_asserted_where_slurm_gave_gpus(tmp_path, gpus, seen, said):
+def test_the_binding_is_asserted_where_slurm_gave_gpus(tmp_path, gpus, seen, tasks, said):
     (tmp_path / "slurm").mkdir()
-    settings = {"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "2(x2)"}
-    settings |= {"CUDA_VISIBLE_DEVICES": f"{seen}", "SLURM_GPUS_ON_NODE": gpus, "HOPE_RUN_DIR": str(tmp_path)}
-    if gpus == "2" and seen == "0":
-        settings |= {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_TASKS_PER_NODE": "3"}
+    settings = {"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": tasks}
+    settings |= {"CUDA_VISIBLE_DEVICES": seen, "SLURM_GPUS_ON_NODE": gpus, "HOPE_RUN_DIR": str(tmp_path)}
     assert said in bash(f"{LIB}/task.sh true", **settings)
     assert (tmp_path / "slurm" / "verdict").is_symlink() == said.startswith("ask")
     assert "does not see" in bash(f"{LIB}/task.sh true", **settings | {"HOPE_RUN_DIR": str(tmp_path / "other")})

@@ -97,7 +97,7 @@ hope_wait() {
     rc=1
     return
   fi
-  local before
+  local before left
   "$@" &
   step_pid=$!
   while :; do
@@ -107,8 +107,9 @@ hope_wait() {
     # A trapped signal interrupts wait; the step goes on.
     [ -n "$wanted" ] || break
     if [ "$wanted" = TERM ] && [ "$(hope_job_state)" = TIMEOUT ]; then
-      # Slurm kills this shell KillWait seconds later (30), and a killed shell cannot requeue the job.
-      for _ in 1 2 3 4 5 6 7 8 9 10; do
+      # Slurm kills this shell KillWait seconds after the limit, and a killed shell cannot requeue the job.
+      left=$(hope_scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
+      for ((left = ${left:-30} / 3; left > 0; left--)); do
         kill -0 "$step_pid" 2> /dev/null || break
         sleep 1
       done
@@ -183,7 +184,7 @@ hope_scontrol() {
       *) break ;;
     esac
     [ "$SECONDS" -lt "$end" ] || break
-    sleep 1
+    sleep 0.3
   done
   echo "hope: scontrol $*: $said" >&2
   return 1

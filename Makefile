@@ -154,9 +154,9 @@ test-slurm-short: $(VENV)/.stamp-slurm ## the short lane of the same, a few minu
 	HOPE_TEST_SLURM=1 $(BIN)/python -m pytest -m "not slow" $(addprefix tests/slurm/test_,protocol.py training.py kills.py launch_cluster.py) $(PYTEST_ARGS)
 
 .PHONY: slurm-trials
-slurm-trials: $(VENV)/.stamp-slurm ## 100 kills, 20 full disks, 4 -> 2 -> 8 ranks, stops and hangs of the real trainer there; an idle machine, some hours; docs/results/slurm
-	set -e; for trial in "kills 100" "disk-full 20" worlds stops "hangs 20"; do \
-	  $(BIN)/python -W ignore -m tools.slurm_trials --name $$(set -- $$trial; echo $$1) $$trial; done
+slurm-trials: $(VENV)/.stamp-slurm ## 100 kills, 20 full disks, 4 -> 2 -> 8 ranks, stops and hangs of the real trainer there; an idle machine, some 90 minutes; docs/results/slurm
+	set -e; for trial in "recovery kills 15 --layouts dp2,tp2dp2" "kills kills 100 --parallel 3" "disk-full disk-full 20" "disk-full-whole disk-full 6 --whole" \
+	  "worlds worlds" "stops stops" "hangs hangs 20"; do $(BIN)/python -W ignore -m tools.slurm_trials --name $$trial; done
 
 .PHONY: slurm-up
 slurm-up: ## start the Slurm of virtual nodes; prints the variable that its commands need

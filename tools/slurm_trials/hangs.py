@@ -68,5 +68,5 @@ def _hang(bench: Bench, run: Run, *, kind: str, rank: int, step: int, ranks: int
 def _verdict(run: Run) -> str:
     """The line that says who hangs: of the hub, or where rank 0 was the one, of those that saw it."""
     report = run.path / "logs" / "hang.txt"
-    lines = report.read_text().splitlines() if report.exists() else run.log.splitlines()
+    lines = (report.read_text() if report.exists() else run.log).replace(str(run.path), "RUN").splitlines()
     return next((line for line in lines if re.search(r"rank \d+ of \d+.*( hangs?:| has been silent)", line)), "nobody was named")

@@ -22,7 +22,7 @@ EVERYWHERE = ("linear", "mlp", "self-modifying", "sdpa", "sdpa flash", "sdpa cud
 """Measured at every length; the others at one."""
 FULL = {"lengths": ((16, 2048), (4, 8192), (1, 32768), (1, 131072)), "heads": ((32, 64), (16, 128), (16, 96)), "one": (4, 8192)}
 QUICK = {"lengths": ((4, 8192), (1, 32768)), "heads": ((32, 64),), "one": (4, 8192)}
-REHEARSAL = {"lengths": ((1, 32), (1, 64)), "heads": ((1, 16),), "one": (1, 32)}
+REHEARSAL = {"lengths": ((1, 16), (1, 32)), "heads": ((1, 16),), "one": (1, 32)}
 """(rows, tokens) and (heads, head width): widths 2048 and, as in hope_760m, 1536. `one`: where all operations are measured."""
 
 

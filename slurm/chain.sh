@@ -8,7 +8,9 @@ set -euo pipefail
 [[ $# -ge 2 && $1 =~ ^[1-9][0-9]*$ ]] || { echo "hope: usage: slurm/chain.sh N [options of sbatch] SCRIPT [key=value ...]" >&2; exit 2; }
 links=$1
 shift
-HOPE_CHAIN=hope-chain-${HOPE_RUN:-run}-$(date +%Y%m%d-%H%M%S)-$$
+name=${HOPE_RUN:-run}
+for word; do [[ $word != name=* ]] || name=${word#name=}; done
+HOPE_CHAIN=hope-chain-$name-$(date +%Y%m%d-%H%M%S)-$$
 export HOPE_CHAIN HOPE_LINEAGE=$HOPE_CHAIN HOPE_REQUEUE=0
 for ((i = 1; i <= links; i++)); do
   sbatch --parsable --job-name="$HOPE_CHAIN" --dependency=singleton --no-requeue --export=ALL "$@"

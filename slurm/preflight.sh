@@ -5,6 +5,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=8
 #SBATCH --mem=0
 #SBATCH --time=00:20:00
 #SBATCH --output=%x-%j.log

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from hope_pt import config as configs
@@ -89,7 +90,6 @@ def _show(job: Job, settings: RunConfig) -> None:
     from hope_pt.cli.tables import size
     from hope_pt.launch.needs import disk_need
     from hope_pt.launch.render import srun_line
-    from hope_pt.launch.submit import submission
 
     print(configs.to_toml(settings))
     print(f"config hash: {configs.config_hash(settings)}")
@@ -99,8 +99,7 @@ def _show(job: Job, settings: RunConfig) -> None:
         _show_layout(job, settings)
         need = disk_need(settings)
         print(f"disk: {size(need.checkpoint)} a checkpoint, {size(need.working)} at one time, {size(need.whole_run)} for the whole run")
-        command, environment = submission(job, run=settings.name, out=settings.out)
-        print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command]))
+        print(_submission(job, settings))
         place = [
             *(one for one in job.arguments if one.partition("=")[0] not in ("name", "out")),
             f"name={settings.name}",
@@ -112,6 +111,14 @@ def _show(job: Job, settings: RunConfig) -> None:
     except HopeError:
         # Each of these has its own check, which tells the reason.
         pass
+
+
+def _submission(job: Job, settings: RunConfig) -> str:
+    """The line that submits the job, for a shell."""
+    from hope_pt.launch.submit import submission
+
+    command, environment = submission(job, run=settings.name, out=settings.out)
+    return shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command])
 
 
 def _show_layout(job: Job, settings: RunConfig) -> None:
@@ -159,7 +166,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     best = settings.model_copy(update={"engine": found[0].engine})
     changes = [line.partition(": ") for line in configs.diff(settings, best)]
     words = [f"{key}={change.rpartition(' -> ')[2].strip(chr(34))}" for key, _, change in changes]
-    print(f"the fastest: {shlex.join([*job.sbatch(), *words])}")
+    print(f"the fastest: {_submission(replace(job, arguments=(*job.arguments, *words)), settings)}")
 
 
 def _status(arguments: argparse.Namespace) -> None:
@@ -310,7 +317,7 @@ def _send(arguments: argparse.Namespace, commands, *, name: str) -> None:
         # Tokenizing and packing are a CPU's work.
         script = [word for word in script if not word.startswith("--gres=")]
     options = [*script, f"--job-name={name}", *cluster.sbatch_options, *_options(arguments)]
-    settings, folder = parameters(options, name=name), ROOT / arguments.folder
+    settings, folder = parameters(options, name=name, cluster=cluster), ROOT / arguments.folder
     if arguments.print:
         print(batch_text(commands, folder=folder, settings=settings, parallel=arguments.parallel))
         print(f"# in {ROOT} with {shlex.join(f'{key}={value}' for key, value in commands[0].variables) or 'no variables'}")

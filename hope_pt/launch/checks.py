@@ -37,7 +37,8 @@ class Findings:
             found = what()
         except HopeError as error:
             found = str(error)
-        self.violations += [found] if isinstance(found, str) else found or []
+        # One mistake may stop several checks.
+        self.violations += [one for one in ([found] if isinstance(found, str) else found or []) if one not in self.violations]
 
 
 def resolve(job: Job) -> RunConfig:
@@ -56,6 +57,7 @@ def check_job(job: Job, *, environment: Mapping[str, str] = os.environ) -> tuple
         config = resolve(job)
     except HopeError as error:
         findings.violations.append(str(error))
+        findings.warnings.append("the configuration cannot be read, so layout, data, disk, container and packages were not looked at")
     for problem in job.cluster.problems():
         findings.violations.append(problem)
     findings.check(lambda: _shape(job))

@@ -91,8 +91,8 @@ def on_cluster(commands: Sequence[Command], *, cluster: Cluster) -> list[Command
     return [replace(command, variables=tuple(sorted(cluster.values.items()))) for command in commands]
 
 
-def parameters(options: Sequence[str], *, name: str) -> dict[str, Any]:
-    """Options of sbatch as submitit's parameters."""
+def parameters(options: Sequence[str], *, name: str, cluster: Cluster) -> dict[str, Any]:
+    """Options of sbatch, and the cluster's of srun, as submitit's parameters."""
     given = {"job-name": name, "export": "ALL", **parse_options(options)}
     found: dict[str, Any] = {}
     extra: dict[str, Any] = {}
@@ -103,7 +103,9 @@ def parameters(options: Sequence[str], *, name: str) -> dict[str, Any]:
             found["time"] = max(int(minutes(value)), 1)
         elif key not in ("open-mode", "output", "error", "signal", "requeue"):
             extra[key.replace("-", "_")] = value or True
-    return {**found, "additional_parameters": extra}
+    # As hope_defaults of slurm/lib/env.sh: since Slurm 22.05 srun does not take the cores of a task from its job.
+    found["setup"] = ["export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}"]
+    return {**found, "srun_args": shlex.split(cluster.values.get("HOPE_SRUN_OPTIONS", "")), "additional_parameters": extra}
 
 
 def batch_text(commands: Sequence[Command], *, folder: Path, settings: dict[str, Any], parallel: int) -> str:

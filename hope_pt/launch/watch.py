@@ -142,6 +142,8 @@ def _problem(found: RunStatus, *, path: Path, attempts: list[dict[str, str]], st
     ends = [one for one in attempts if one["what"] == "end"]
     if ends and ends[-1].get("action") in _FINAL and attempts[-1] is ends[-1]:
         return f"the last attempt ended with {ends[-1]['action']!r}: it will not start again by itself"
+    if found.state == "unknown" and not attempts and not found.step and _queue_is_without(path):
+        return "no run has begun here, and no job of that name waits"
     if found.over:
         return f"the run has {found.state}" if found.state in ("failed", "diverged") else ""
     if attempts and not found.job and _queue_is_without(path):

@@ -61,7 +61,12 @@ hope_arguments() {
   while [ $# -gt 0 ]; do
     case $1 in
       --dry-run) dry_run=yes ;;
-      --config) config=${2-}; shift ;;
+      --config)
+        [ $# -gt 1 ] || { echo "hope: --config needs a FILE" >&2; return 2; }
+        config=$2
+        shift
+        ;;
+      -*) echo "hope: argument '$1': options of sbatch stand before the script: sbatch $1 ... (for a dry run: hope launch dry-run)" >&2; return 2 ;;
       name=*) name=${1#name=} ;;
       out=*) out=${1#out=} ;;
       *=*) overrides+=("$1") ;;

@@ -142,6 +142,7 @@ def test_a_sweep_is_rendered_without_slurm(capsys, tmp_path, monkeypatch):
         "--job-name=hope-sweep-lr",
     ):
         assert f"#SBATCH {line}\n" in text, text
+    assert "\nexport SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-" in text and "\nsrun --unbuffered" in text and " --cpu-bind=none " in text
     assert f"# 3: hope train {ROOT}/configs/hope_tiny.toml optim.lr=3e-3 train.seed=1 name=lr-3 out={tmp_path}" in text
     assert list(tmp_path.iterdir()) == []
 

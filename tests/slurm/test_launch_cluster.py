@@ -70,7 +70,7 @@ def test_a_sweep_through_submitit_runs(cluster, run):
         "import sys; from pathlib import Path; from hope_pt.launch.sweep import *;"
         "commands = [Command(('config', 'show', sys.argv[2], f'train.steps={n}')) for n in (3, 4)];"
         "options = ['--nodes=1', '--ntasks-per-node=1', '--time=5', '--cpus-per-task=1', '--mem=100M'];"
-        "print(submit_all(commands, folder=Path(sys.argv[1]), settings=parameters(options, name='x'), parallel=2))"
+        "print(submit_all(commands, folder=Path(sys.argv[1]), settings=parameters(options, name='x', cluster=Cluster('', {})), parallel=2))"
     )
     folder = run.path.parent / "jobs"
     done = cluster.run(sys.executable, "-c", program, folder, ROOT / "configs" / "hope_tiny.toml", check=False)

@@ -354,6 +354,9 @@ def test_the_virtual_cluster_says_what_is_missing(tmp_path):
 def test_a_job_script_outside_slurm_says_so(tmp_path):
     done = subprocess.run([str(ROOT / "slurm" / "hope_1p3b.sh"), "wrong"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "expected key=value" in done.stderr
+    for word, said in (("--nodes=8", "options of sbatch stand before the script"), ("--config", "needs a FILE")):
+        done = subprocess.run([str(ROOT / "slurm" / "hope_1p3b.sh"), word], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and said in done.stderr
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     done = subprocess.run([str(ROOT / "slurm" / "hope_1p3b.sh"), f"out={tmp_path}"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "submit it with sbatch" in done.stderr and list(tmp_path.iterdir()) == []

@@ -96,6 +96,13 @@ def test_without_slurm_nobody_knows(tmp_path, monkeypatch):
         jobs_of(path)
 
 
+def test_a_folder_without_a_run_is_a_problem_unless_its_job_waits(tmp_path, queue):
+    (tmp_path / "run").mkdir()
+    for known, problem in (({}, "no run has begun here, and no job of that name waits"), ({"hope-run": "PENDING"}, ""), (None, "")):
+        queue(known)
+        assert run_status(tmp_path / "run").problem == problem
+
+
 def test_a_scheduler_that_does_not_answer_is_no_empty_queue(tmp_path, queue):
     queue(None)
     with pytest.raises(HopeError, match="squeue refused: Unable to contact"):

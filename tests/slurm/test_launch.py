@@ -156,3 +156,15 @@ def test_data_preparation_is_a_job_too(capsys):
     pytest.importorskip("submitit", reason="submitit is not installed: pip install 'hope-pt[slurm]'")
     assert cli.main(["launch", "data", "--print", "--", "tokenize", "--out", "x"]) == 0
     assert "# 0: hope-data tokenize --out x" in capsys.readouterr().out
+
+
+def test_the_plans_line_submits_the_job_with_its_clusters_file(capsys, tmp_path):
+    words = ["hope_760m", "--cluster", "example", f"out={tmp_path}", "name=x"]
+    assert cli.main(["launch", "plan", *words]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        line.startswith("the fastest: HOPE_CLUSTER=example sbatch ")
+        and "--job-name=hope-x" in line
+        and f"--output={tmp_path}/x/logs" in line
+    )
+    assert "engine." in line.partition("hope_760m.sh")[2] and list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""`hope launch dry-run`: twenty seeded mistakes, each found, together where there are several, in seconds and without a GPU."""
+"""`hope launch dry-run`: seeded mistakes, each found, together where there are several, in seconds and without a GPU."""
 
 import json
 import os

@@ -79,7 +79,7 @@ mqar: $(VENV)/.stamp-base ## associative recall: HOPE, its memory-off control at
 
 .PHONY: test
 test: $(VENV)/.stamp-full ## the whole test suite, on TEST_WORKERS processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 .PHONY: test-mcore019
 test-mcore019: $(MCORE019)/.stamp ## the engine's tests against megatron-core 0.19.2

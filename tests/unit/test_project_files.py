@@ -42,6 +42,30 @@ def test_make_lists_every_public_target_and_ci_uses_existing_ones():
     assert set(re.findall(r"make ([a-z]+)", (ROOT / ".ci" / "run").read_text())) <= phony
 
 
+def test_tests_that_start_processes_share_one_worker(tmp_path):
+    """The scheduler of tests/conftest.py: everything below `distributed` in one worker, of the rest each file in one."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    recorded = tmp_path / "workers"
+    for file in ("distributed/test_a.py", "distributed/test_b.py", "unit/test_c.py", "unit/test_d.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(
+            "import os, pytest\n"
+            "@pytest.mark.parametrize('number', range(6))\n"
+            "def test_one(number):\n"
+            f"    print('{file}', os.environ['PYTEST_XDIST_WORKER'], file=open('{recorded}', 'a'))\n"
+        )
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in recorded.read_text().splitlines()]
+    assert len(lines) == 24
+    workers = {
+        group: {worker for file, worker in lines if file.startswith(group)} for group in ("distributed", "unit/test_c", "unit/test_d")
+    }
+    assert all(len(of) == 1 for of in workers.values()), workers
+    assert set.union(*workers.values()) == {"gw0", "gw1"}
+
+
 def test_direct_dependencies_are_pinned_within_their_ranges():
     project = PYPROJECT["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"], *project["optional-dependencies"]["test"]]

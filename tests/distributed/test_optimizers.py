@@ -27,11 +27,11 @@ TWO = {
     "tp2": {"tensor_parallel": 2},
     "pp2": {"pipeline_parallel": 2},
     "dp2 sharded": SHARDED,
-    "cp2 sharded": {"context_parallel": 2, **SHARDED},
+    "cp2 sharded": {"context_parallel": 2, "micro_batch_size": 4, **SHARDED},
 }
 # The inputs of the layers, which no other rule has, under every axis: without sequence parallelism a column-parallel layer sees all tokens.
 INPUTS = {"cp2": {"context_parallel": 2}, "tp2 whole": {"tensor_parallel": 2, "sequence_parallel": False}}
-FOUR = {"tp4": {"tensor_parallel": 4}, "tp2 dp2 sharded": {"tensor_parallel": 2, **SHARDED}}
+FOUR = {"tp4": {"tensor_parallel": 4, "micro_batch_size": 4}, "tp2 dp2 sharded": {"tensor_parallel": 2, **SHARDED}}
 FEW = {"tp2", "dp2 sharded"}
 RULES = ("m3", "muon", "momentum", "delta_momentum", "deep_momentum", "dgd")
 NESTED = "m3, nested levels"

@@ -114,12 +114,12 @@ def test_three_in_a_row_are_reported_as_diverged():
 
 
 LAYOUTS = {
-    "tp2": config_of(tensor_parallel=2),
+    "tp2": config_of(tensor_parallel=2, micro_batch_size=2),
     "pp2": config_of(pipeline_parallel=2),
-    "dp2": config_of(),
+    "dp2": config_of(micro_batch_size=2),
     "dp2 elements": config_of(distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
     "dp2 layers": config_of(deep_run("muon", steps=20), distributed_optimizer=True),
-    "cp2": config_of(context_parallel=2),
+    "cp2": config_of(context_parallel=2, micro_batch_size=2),
 }
 
 

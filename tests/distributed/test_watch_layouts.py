@@ -20,10 +20,10 @@ STEPS = 6
 ROUNDED = 2e-3
 CAPS = {"level_step_cap": 0.01, "level_total_cap": 0.02}
 LAYOUTS = {
-    "tp2": {"tensor_parallel": 2},
+    "tp2": {"tensor_parallel": 2, "micro_batch_size": 2},
     "pp2": {"pipeline_parallel": 2},
-    "dp2": {},
-    "dp2 distributed": {"distributed_optimizer": True},
+    "dp2": {"micro_batch_size": 2},
+    "dp2 distributed": {"distributed_optimizer": True, "micro_batch_size": 2},
 }
 MUON = ("tp2", "dp2 distributed")
 

@@ -21,7 +21,9 @@ PACKAGES = ("torch", "triton", "megatron-core", "hope-pt", "fla-core")
 
 def environment() -> dict[str, Any]:
     """Where and with what a figure was measured; None for a package that is not installed, and for the commit outside a checkout."""
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    # The results of a series before this one change no figure.
+    results = (":!docs/results", ":!tools/bench/results")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),

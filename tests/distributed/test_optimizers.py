@@ -27,7 +27,8 @@ TWO = {
     "tp2": {"tensor_parallel": 2},
     "pp2": {"pipeline_parallel": 2},
     "dp2 sharded": SHARDED,
-    "cp2 sharded": {"context_parallel": 2, "micro_batch_size": 4, **SHARDED},
+    # The only sharded one here with two micro-batches.
+    "cp2 sharded": {"context_parallel": 2, **SHARDED},
 }
 # The inputs of the layers, which no other rule has, under every axis: without sequence parallelism a column-parallel layer sees all tokens.
 INPUTS = {"cp2": {"context_parallel": 2}, "tp2 whole": {"tensor_parallel": 2, "sequence_parallel": False}}

@@ -23,7 +23,7 @@ LAYOUTS = {
     "tp2": {"tensor_parallel": 2, "micro_batch_size": 2},
     "pp2": {"pipeline_parallel": 2},
     "dp2": {"micro_batch_size": 2},
-    "dp2 distributed": {"distributed_optimizer": True, "micro_batch_size": 2},
+    "dp2 distributed": {"distributed_optimizer": True},
 }
 MUON = ("tp2", "dp2 distributed")
 
